@@ -1,0 +1,158 @@
+"""Exact softmax attention: the Transformer that Performer is measured against, under the same arguments and laws."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from performers.attention.arguments import check_attention_arguments, repeat_heads, segments
+from performers.attention.visibility import visible_keys
+from performers.errors import InputError
+
+
+@dataclass(frozen=True)
+class ExactState:
+    """The keys and values seen so far: it grows with every token, and that is exact attention's price.
+
+    Attributes:
+        key: (B, Hkv, L, D).
+        value: (B, Hkv, L, Dv).
+        real: (B, L) bool, True for a real token.
+    """
+
+    key: Tensor
+    value: Tensor
+    real: Tensor
+
+    def reorder(self, index: Tensor) -> ExactState:
+        """The state of batch rows `index`, (B',) integers: what beam search asks for."""
+        index = index.to(self.key.device)
+        return ExactState(*(tensor.index_select(0, index) for tensor in (self.key, self.value, self.real)))
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that the state takes."""
+        return self.key.nbytes + self.value.nbytes + self.real.nbytes
+
+
+def exact_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    is_causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    state: ExactState | None = None,
+    return_state: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | tuple[Tensor, ExactState]:
+    """softmax(q k^T / sqrt(D)) v by PyTorch's fused kernels; time is quadratic in the length.
+
+    Arguments:
+        query: (B, H, Lq, D).
+        key: (B, Hkv, Lk, D).
+        value: (B, Hkv, Lk, Dv).
+        is_causal: a query sees no later key; when Lq and Lk differ, the last query is aligned with the last key.
+        key_padding_mask: (B, Lk) bool, True for a real token.
+        cu_seqlens: (N + 1,) int32 or int64, from 0 to L: packed sequences along L (B = 1), each of which sees itself alone.
+        state: the keys and values before these; every query sees all of them.
+        return_state: also return the state after the last key.
+        scale: the factor on q.k, 1 / sqrt(D) when None.
+        enable_gqa: allow Hkv < H, each key head serving H / Hkv consecutive query heads.
+
+    Returns:
+        (B, H, Lq, Dv); with `return_state` a pair of it and an `ExactState`. A query with nothing to attend to gives zeros.
+
+    Raises:
+        InputError: shapes, types or arguments that do not go together; the message says which.
+    """
+    check_attention_arguments(query, key, value, key_padding_mask, cu_seqlens, enable_gqa)
+    if cu_seqlens is not None:
+        if state is not None or return_state:
+            raise InputError("a state belongs to one sequence per batch row: it cannot be combined with cu_seqlens.")
+        out = [
+            _attend(query[:, :, rows], key[:, :, rows], value[:, :, rows], is_causal, None, 0, scale)
+            for rows in segments(cu_seqlens, query.shape[2])
+        ]
+        return torch.cat(out, dim=2) if out else query.new_zeros(*query.shape[:3], value.shape[-1])
+    real, past = key_padding_mask, 0
+    if state is not None or return_state:
+        real = real if real is not None else key.new_ones(key.shape[0], key.shape[2], dtype=torch.bool)
+    if state is not None:
+        assert real is not None
+        past = state.key.shape[2]
+        key, value = torch.cat([state.key, key], 2), torch.cat([state.value, value], 2)
+        real = torch.cat([state.real, real], 1)
+    out = _attend(query, key, value, is_causal, real, past, scale)
+    if not return_state:
+        return out
+    assert real is not None
+    return out, ExactState(key, value, real)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, real: Tensor | None, past: int, scale: float | None
+) -> Tensor:
+    key, value = repeat_heads(query, key, value)
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if real is None and (not is_causal or num_queries == num_keys):
+        return scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale)
+    # SDPA's own causal flag aligns top-left and cannot be combined with a mask.
+    visible = visible_keys(num_queries, num_keys, is_causal=is_causal, key_padding_mask=real, device=query.device)
+    if is_causal and num_queries > num_keys - past:
+        visible[..., :past] = visible_keys(num_queries, past, key_padding_mask=None if real is None else real[:, :past])
+    out = scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)
+    return out.masked_fill(~visible.any(-1, keepdim=True), 0.0)
+
+
+class ExactAttention(nn.Module):
+    """Exact attention as a mechanism of a model. It has no parameters and nothing to draw.
+
+    Arguments:
+        head_dim: D of queries and keys; not needed, given to every mechanism.
+        seed: likewise.
+    """
+
+    def __init__(self, head_dim: int, seed: int = 0) -> None:
+        super().__init__()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        is_causal: bool = False,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: ExactState | None = None,
+        return_state: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor | tuple[Tensor, ExactState]:
+        """As `exact_attention`."""
+        return exact_attention(
+            query,
+            key,
+            value,
+            is_causal=is_causal,
+            key_padding_mask=key_padding_mask,
+            cu_seqlens=cu_seqlens,
+            state=state,
+            return_state=return_state,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+
+    def redraw_(self, generator: torch.Generator) -> None:
+        """Exact attention has nothing to draw."""
+
+    @property
+    def redraws_by_default(self) -> bool:
+        """Exact attention has nothing to draw."""
+        return False

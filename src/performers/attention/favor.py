@@ -1,0 +1,220 @@
+"""FAVOR attention: softmax attention's estimate, or a generalised kernel's attention, in time and memory linear in the length.
+
+    out_i = sum_j phi(q_i).phi(k_j) v_j  /  sum_j phi(q_i).phi(k_j)          (2009.14794, equation 4 and section 2.2)
+
+Because phi(q_i) comes out of both sums, they are taken over the keys once. The kernel's estimate is unbiased; the output is a
+ratio of two estimates and is not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from performers.attention.arguments import check_attention_arguments, repeat_heads
+from performers.attention.features import FavorFeatures, Pointwise, attention_scale, kernel_of
+from performers.attention.kernels import StateTensors, choose_backend
+from performers.errors import InputError
+
+
+@dataclass(frozen=True)
+class FavorState:
+    """What causal FAVOR attention remembers of the tokens it has seen: of fixed size, however many there were.
+
+    Attributes:
+        numerator: (B, H, M, Dv), the sum of phi(k) v^T, divided by exp(log_scale) feature by feature.
+        denominator: (B, H, M), the sum of phi(k), divided likewise.
+        log_scale: (B, H, M), the largest log feature so far; zero for pointwise kernels. A constant to autograd.
+
+    All are float32 (float64 for float64 inputs), and differentiable.
+    """
+
+    numerator: Tensor
+    denominator: Tensor
+    log_scale: Tensor
+
+    def reorder(self, index: Tensor) -> FavorState:
+        """The state of batch rows `index`, (B',) integers: what beam search asks for."""
+        return FavorState(*(tensor.index_select(0, index.to(tensor.device)) for tensor in self.tensors()))
+
+    def tensors(self) -> StateTensors:
+        """The three tensors, as the backends take them."""
+        return StateTensors(self.numerator, self.denominator, self.log_scale)
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that the state takes."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+
+@overload
+def favor_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    features: FavorFeatures,
+    *,
+    is_causal: bool = ...,
+    key_padding_mask: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    state: FavorState | None = ...,
+    return_state: Literal[False] = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    backend: str = ...,
+) -> Tensor: ...
+@overload
+def favor_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    features: FavorFeatures,
+    *,
+    is_causal: bool = ...,
+    key_padding_mask: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    state: FavorState | None = ...,
+    return_state: Literal[True],
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    backend: str = ...,
+) -> tuple[Tensor, FavorState]: ...
+def favor_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    features: FavorFeatures,
+    *,
+    is_causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    state: FavorState | None = None,
+    return_state: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, FavorState]:
+    """Attention by random features, shaped like `torch.nn.functional.scaled_dot_product_attention`.
+
+    Arguments:
+        query: (B, H, Lq, D).
+        key: (B, Hkv, Lk, D).
+        value: (B, Hkv, Lk, Dv).
+        features: the feature map, with D = `features.head_dim`.
+        is_causal: a query sees no later key; when Lq and Lk differ, the last query is aligned with the last key. Exact:
+            no bit of an output depends on a later token.
+        key_padding_mask: (B, Lk) bool, True for a real token. A padded key leaves numerator and denominator.
+        cu_seqlens: (N + 1,) int32 or int64, from 0 to L: packed sequences along L (B = 1), each of which sees itself alone.
+            Sequences may be empty.
+        state: what `return_state` gave for the tokens before these; every query sees all of it.
+        return_state: also return the state after the last key, for the next call.
+        scale: the factor on q.k, 1 / sqrt(D) when None.
+        enable_gqa: allow Hkv < H, each key head serving H / Hkv consecutive query heads.
+        backend: "auto", "reference" (quadratic, in float64: the oracle) or "chunked" (linear, any device).
+
+    Returns:
+        (B, H, Lq, Dv) in the query's type; with `return_state` a pair of it and a `FavorState`. A query with nothing to
+        attend to gives zeros. Sums and exponentials are taken in float32 whatever autocast says (float64 for float64 inputs).
+
+    Raises:
+        InputError: shapes, types or arguments that do not go together; the message says which.
+    """
+    check_attention_arguments(query, key, value, key_padding_mask, cu_seqlens, enable_gqa)
+    if query.shape[-1] != features.head_dim:
+        raise InputError(
+            f"query has head size {query.shape[-1]}, but features were made for head_dim={features.head_dim}."
+        )
+    if cu_seqlens is not None and (state is not None or return_state):
+        raise InputError("a state belongs to one sequence per batch row: it cannot be combined with cu_seqlens.")
+    key, value = repeat_heads(query, key, value)
+    past = _matching_state(state, query, value, features) if state is not None else None
+    out, after = choose_backend(backend)(
+        query,
+        key,
+        value,
+        features,
+        scale=attention_scale(scale, features.head_dim),
+        is_causal=is_causal,
+        key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens,
+        state=past,
+    )
+    return (out, FavorState(*after)) if return_state else out
+
+
+def _matching_state(state: FavorState, query: Tensor, value: Tensor, features: FavorFeatures) -> StateTensors:
+    expected = (query.shape[0], query.shape[1], features.num_features, value.shape[-1])
+    if state.numerator.shape != expected:
+        raise InputError(
+            f"state has shape {tuple(state.numerator.shape)}, expected {expected} (batch, heads, features, value size)."
+        )
+    return state.tensors()
+
+
+class FavorAttention(nn.Module):
+    """FAVOR as a mechanism of a model: a feature map of its own, and `favor_attention`.
+
+    Arguments:
+        head_dim: D of queries and keys.
+        seed: of the projection.
+        kernel, num_features, projection, precision: as in `FavorFeatures`.
+        backend: as in `favor_attention`.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        seed: int = 0,
+        *,
+        kernel: str | Pointwise = "softmax",
+        num_features: int = 256,
+        projection: str | None = "orthogonal",
+        precision: str = "accurate",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        choose_backend(backend)
+        self.features = FavorFeatures(head_dim, num_features, kernel, projection, seed, precision)
+        self.backend = backend
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        is_causal: bool = False,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: FavorState | None = None,
+        return_state: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor | tuple[Tensor, FavorState]:
+        """As `favor_attention`."""
+        return favor_attention(
+            query,
+            key,
+            value,
+            self.features,
+            is_causal=is_causal,
+            key_padding_mask=key_padding_mask,
+            cu_seqlens=cu_seqlens,
+            state=state,
+            return_state=return_state,  # pyright: ignore[reportArgumentType]
+            scale=scale,
+            enable_gqa=enable_gqa,
+            backend=self.backend,
+        )
+
+    def redraw_(self, generator: torch.Generator) -> None:
+        """Draw a new projection, in place."""
+        self.features.redraw_(generator)
+
+    @property
+    def redraws_by_default(self) -> bool:
+        """Whether training gains from redrawing: it does for estimates of the softmax kernel (2009.14794, appendix D.2)."""
+        return kernel_of(self.features.kernel_key).exponential

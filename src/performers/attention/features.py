@@ -1,0 +1,188 @@
+"""Feature maps: phi(x) for one token at a time, and nothing else.
+
+softmax attention is a ratio of sums of the kernel exp(q.k / sqrt(D)). A feature map writes a kernel as an expected product,
+K(q, k) = E[phi(q).phi(k)], and then the sums can be taken over the keys once, in time linear in the sequence length
+(2009.14794, section 2). Here phi sees a single token, so nothing can leak from one token to another: everything that compares
+tokens (scales, maxima, sums) belongs to the attention kernels.
+
+There are two families, which the attention kernels treat apart:
+
+- exponential: phi(x) = exp(W x - |x|^2 / 2) / sqrt(M), the positive features of the softmax kernel (2009.14794, Lemma 1). Its
+  range is enormous, so it is only ever combined in the log domain.
+- pointwise: phi(x) = f(W x) / sqrt(M) for any elementwise f, generalised attention (2009.14794, section 2.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from performers.attention.projections import PROJECTIONS
+from performers.errors import InputError
+
+Pointwise = Callable[[Tensor], Tensor]
+
+# The authors' kernel_epsilon: no ReLU feature is ever zero, so no denominator is (2009.14794, appendix A.4).
+RELU_EPSILON = 1e-3
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How phi is computed from the projected token u = W x.
+
+    Attributes:
+        function: f of the pointwise family, or None for the exponential family.
+        derivative: f'(u) as a function of u; None lets autograd find it.
+    """
+
+    function: Pointwise | None = None
+    derivative: Pointwise | None = None
+
+    @property
+    def exponential(self) -> bool:
+        """Whether the features are exponentials, to be combined in the log domain."""
+        return self.function is None
+
+    def pull(self, u: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient with respect to u, given the one with respect to f(u), of a pointwise kernel."""
+        assert self.function is not None
+        if self.derivative is not None:
+            return gradient * self.derivative(u)
+        return torch.func.vjp(self.function, u)[1](gradient)[0]
+
+
+def _relu(u: Tensor) -> Tensor:
+    return torch.relu(u) + RELU_EPSILON
+
+
+KERNELS: dict[str, Kernel] = {
+    "softmax": Kernel(),
+    "relu": Kernel(_relu, lambda u: (u > 0).to(u.dtype)),
+}
+
+# An operator's arguments are tensors, numbers and strings: a user's own function travels as its key in this table.
+_CALLABLES: dict[str, Kernel] = {}
+
+
+def kernel_of(key: str) -> Kernel:
+    """The kernel that `FavorFeatures.kernel_key` names."""
+    return KERNELS.get(key) or _CALLABLES[key]
+
+
+def _key_of(kernel: str | Pointwise) -> str:
+    if isinstance(kernel, str):
+        if kernel not in KERNELS:
+            known = ", ".join(repr(name) for name in KERNELS)
+            raise InputError(f"kernel={kernel!r} is not known: expected one of {known}, or a function of a tensor.")
+        return kernel
+    if not callable(kernel):
+        raise InputError(f"kernel={kernel!r} must be a name or an elementwise function of a tensor.")
+    key = f"callable-{id(kernel)}"
+    _CALLABLES[key] = Kernel(kernel)
+    return key
+
+
+class FavorFeatures(nn.Module):
+    """The features phi that FAVOR attention uses in place of the exponential of q.k.
+
+    Arguments:
+        head_dim: D, the size of a query or key of one head.
+        num_features: M, the number of random projections; more is more precise. Without a projection M is D.
+        kernel: "softmax" (positive features of exp(q.k / sqrt(D)), FAVOR+), "relu" (relu(u) + 1e-3, the paper's best on
+            proteins), or any elementwise function of the projected token, used as it is.
+        projection: "orthogonal", "iid", or None for none at all (u = x).
+        seed: of the projection; the same seed gives the same projection everywhere.
+        precision: "accurate" computes in float32 whatever the inputs are; "fast" allows matrix products in the inputs' type.
+
+    Attributes:
+        projection: W, a float32 buffer of shape (M, D), saved in the state_dict. Only `redraw_` changes it.
+
+    Raises:
+        InputError: an unknown kernel, projection or precision, or a size that is not a positive integer.
+    """
+
+    projection: Tensor
+
+    def __init__(
+        self,
+        head_dim: int,
+        num_features: int = 256,
+        kernel: str | Pointwise = "softmax",
+        projection: str | None = "orthogonal",
+        seed: int = 0,
+        precision: str = "accurate",
+    ) -> None:
+        super().__init__()
+        for name, size in (("head_dim", head_dim), ("num_features", num_features)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise InputError(f"{name}={size!r} must be a positive integer.")
+        if projection is not None and projection not in PROJECTIONS:
+            known = ", ".join(repr(name) for name in PROJECTIONS)
+            raise InputError(f"projection={projection!r} is not known: expected one of {known}, or None.")
+        if precision not in ("accurate", "fast"):
+            raise InputError(f"precision={precision!r} is not known: expected 'accurate' or 'fast'.")
+        self.head_dim = head_dim
+        self.num_features = head_dim if projection is None else num_features
+        self.kernel = kernel
+        self.kernel_key = _key_of(kernel)
+        self.projection_name = projection
+        self.seed = seed
+        self.precision = precision
+        # Inside a `with torch.device("meta")` block, too, the matrix is drawn for real: it is a pure function of the seed.
+        with torch.device("cpu"):
+            self.register_buffer("projection", self._draw(torch.Generator().manual_seed(seed)))
+
+    def _draw(self, generator: torch.Generator) -> Tensor:
+        if self.projection_name is None:
+            return torch.eye(self.head_dim)
+        return PROJECTIONS[self.projection_name](self.num_features, self.head_dim, generator)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FavorFeatures:
+        # `model.to(torch.bfloat16)` must not round W: its rows would lose their orthogonality and their norms.
+        projection = self.projection
+        super()._apply(fn, recurse)
+        if self.projection.dtype != projection.dtype:
+            self.projection = projection.to(self.projection.device)
+        return self
+
+    def redraw_(self, generator: torch.Generator) -> None:
+        """Draw a new projection, in place, from a CPU generator. Nothing else ever changes it."""
+        with torch.no_grad():
+            self.projection.copy_(self._draw(generator))
+
+    def forward(self, x: Tensor, scale: float | None = None) -> Tensor:
+        """phi(x), whose products phi(q).phi(k) estimate the kernel without bias.
+
+        Arguments:
+            x: queries or keys, of shape (..., D).
+            scale: of q.k; 1 / sqrt(D) when None. Each of q and k is multiplied by its square root.
+
+        Returns:
+            A tensor of shape (..., M), in float32 at least. The softmax features of far-out tokens overflow here, as the
+            kernel itself does; attention never forms them.
+        """
+        x = x.to(torch.promote_types(x.dtype, torch.float32)) * attention_scale(scale, self.head_dim) ** 0.5
+        u = x @ self.projection.to(x.dtype).T
+        kernel = kernel_of(self.kernel_key)
+        phi = torch.exp(u - x.square().sum(-1, keepdim=True) / 2) if kernel.function is None else kernel.function(u)
+        return phi * self.num_features**-0.5
+
+    def extra_repr(self) -> str:
+        """What `print(features)` shows."""
+        kernel = self.kernel if isinstance(self.kernel, str) else getattr(self.kernel, "__name__", "callable")
+        return (
+            f"{self.head_dim}, num_features={self.num_features}, kernel={kernel!r}, projection={self.projection_name!r}"
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.kernel_key = _key_of(self.kernel)
+
+
+def attention_scale(scale: float | None, head_dim: int) -> float:
+    """The factor on q.k: 1 / sqrt(D) unless given."""
+    return head_dim**-0.5 if scale is None else scale

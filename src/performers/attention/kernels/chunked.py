@@ -1,0 +1,264 @@
+"""FAVOR attention in chunks of rows: any device, time and memory linear in the length, no L x M tensor ever.
+
+The forward and the backward pass are `torch.library` operators, so that `torch.compile` sees one node each and not a loop over a
+million tokens. Features are computed again in the backward pass; the operators keep the output, the state and, when causal,
+one number per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from performers.attention.arguments import segments
+from performers.attention.features import FavorFeatures, kernel_of
+from performers.attention.kernels.exponential import Exponential
+from performers.attention.kernels.pointwise import Pointwise
+from performers.attention.kernels.state import StateTensors, compute_dtype
+
+GROUP_ROWS = 1024  # how many rows, over several heads, one product takes at least where there are as many
+FLATTENED_LENGTH = (
+    512  # up to which batch and heads are joined, at the price of a copy, so that products are large enough
+)
+
+
+def chunked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    features: FavorFeatures,
+    *,
+    scale: float,
+    is_causal: bool,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state: StateTensors | None,
+) -> tuple[Tensor, StateTensors]:
+    """The output (B, H, Lq, Dv) and the state after the last key; arguments as in `favor_attention`."""
+    if state is None:
+        dtype, exponential = compute_dtype(query.dtype), kernel_of(features.kernel_key).exponential
+        like = torch.empty((), dtype=dtype, device=query.device)
+        state = StateTensors.empty(query.shape[:2], features.num_features, value.shape[-1], exponential, like)
+    out, _, *after = _forward(
+        query,
+        key,
+        value,
+        features.projection,
+        *state,
+        key_padding_mask,
+        cu_seqlens,
+        features.kernel_key,
+        scale,
+        is_causal,
+        features.precision == "fast",
+    )
+    return out, StateTensors(*after)
+
+
+@dataclass
+class _Item:
+    """A group of G heads of one sequence (or of several sequences of the same length): the unit of work.
+
+    `place` finds the same heads and rows in any (B, H, L, .) tensor, as (G, L, .); `summary` finds the heads in (B, H, ...).
+    """
+
+    heads: slice
+    rows: slice
+    batch: int | None  # None when batch and heads are joined
+
+    def place(self, x: Tensor) -> Tensor:
+        x = x.flatten(0, 1) if self.batch is None else x[self.batch]
+        return x[self.heads, self.rows]
+
+    def summary(self, x: Tensor) -> Tensor:
+        return (x.flatten(0, 1) if self.batch is None else x[self.batch])[self.heads]
+
+    def state(self, state: StateTensors) -> StateTensors:
+        return StateTensors(*(self.summary(tensor) for tensor in state))
+
+    def real(self, mask: Tensor | None, num_heads: int) -> Tensor | None:
+        """The padding mask of these heads, (G, L)."""
+        if mask is None:
+            return None
+        if self.batch is None:
+            return mask.repeat_interleave(num_heads, 0)[self.heads]
+        return mask[self.batch].expand(self.heads.stop - self.heads.start, -1)
+
+
+def _items(query: Tensor, key: Tensor, cu_seqlens: Tensor | None) -> Iterator[_Item]:
+    batch, heads, length = query.shape[:3]
+    if cu_seqlens is None:
+        joined = max(length, key.shape[2]) <= FLATTENED_LENGTH
+        sequences = [(None if joined else row, slice(0, None)) for row in range(1 if joined else batch)]
+    else:
+        joined = False
+        sequences = [(0, rows) for rows in segments(cu_seqlens, length)]
+    total = batch * heads if joined else heads
+    for row, rows in sequences:
+        rows_per_head = (length if rows.stop is None else rows.stop - rows.start) or 1
+        group = max(1, GROUP_ROWS // rows_per_head)
+        for first in range(0, total, group):
+            yield _Item(slice(first, min(first + group, total)), rows, row)
+
+
+def _family(projection: Tensor, dtype: torch.dtype, kernel: str, scale: float, fast: bool) -> Exponential | Pointwise:
+    sums = compute_dtype(dtype)
+    weight = projection.to(sums) * scale**0.5
+    chosen, products = kernel_of(kernel), dtype if fast else sums
+    return Exponential(weight, scale, products) if chosen.exponential else Pointwise(chosen, weight, products)
+
+
+@torch.library.custom_op("performers::favor_chunked", mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    projection: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+    log_scale: Tensor,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kernel: str,
+    scale: float,
+    is_causal: bool,
+    fast: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    out = query.new_zeros(*query.shape[:3], value.shape[-1])
+    normaliser = numerator.new_zeros(query.shape[:3] if is_causal else (0,))
+    after = StateTensors(torch.empty_like(numerator), torch.empty_like(denominator), torch.empty_like(log_scale))
+    with torch.autocast(query.device.type, enabled=False):
+        family = _family(projection, query.dtype, kernel, scale, fast)
+        for item in _items(query, key, cu_seqlens):
+            past = item.state(StateTensors(numerator, denominator, log_scale))
+            q, k, v, o = (item.place(x) for x in (query, key, value, out))
+            real = item.real(key_padding_mask, query.shape[1])
+            if is_causal:
+                state = family.causal(q, k, v, real, past, o, item.place(normaliser))
+            else:
+                state = family.bidirectional(q, k, v, real, past, o)
+            for target, tensor in zip(item.state(after), state, strict=True):
+                target.copy_(tensor)
+    return out, normaliser, after.numerator, after.denominator, after.log_scale
+
+
+@_forward.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    projection: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+    log_scale: Tensor,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kernel: str,
+    scale: float,
+    is_causal: bool,
+    fast: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        query.new_empty(*query.shape[:3], value.shape[-1]),
+        numerator.new_empty(query.shape[:3] if is_causal else (0,)),
+        torch.empty_like(numerator),
+        torch.empty_like(denominator),
+        torch.empty_like(log_scale),
+    )
+
+
+@torch.library.custom_op("performers::favor_chunked_backward", mutates_args=())
+def _backward(
+    d_out: Tensor,
+    d_numerator: Tensor,
+    d_denominator: Tensor,
+    out: Tensor,
+    normaliser: Tensor,
+    after_numerator: Tensor,
+    after_denominator: Tensor,
+    after_log_scale: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    projection: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+    log_scale: Tensor,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kernel: str,
+    scale: float,
+    is_causal: bool,
+    fast: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    d_query, d_key, d_value = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+    d_past = (torch.zeros_like(numerator), torch.zeros_like(denominator))
+    with torch.autocast(query.device.type, enabled=False):
+        family = _family(projection, query.dtype, kernel, scale, fast)
+        for item in _items(query, key, cu_seqlens):
+            past = item.state(StateTensors(numerator, denominator, log_scale))
+            q, k, v, o, d_o, d_q, d_k, d_v = (
+                item.place(x) for x in (query, key, value, out, d_out, d_query, d_key, d_value)
+            )
+            real = item.real(key_padding_mask, query.shape[1])
+            d_after = (item.summary(d_numerator), item.summary(d_denominator))
+            if cu_seqlens is None:
+                after = item.state(StateTensors(after_numerator, after_denominator, after_log_scale))
+            else:  # one state per packed sequence would outweigh the sequences: it is computed again
+                after = family.absorb_all(k, v, real, past)
+            if is_causal:
+                rows = item.place(normaliser)
+                d_state = family.causal_backward(q, k, v, real, past, after, o, rows, d_o, d_after, d_q, d_k, d_v)
+            else:
+                d_state = family.bidirectional_backward(q, k, v, real, past, after, o, d_o, d_after, d_q, d_k, d_v)
+            for target, tensor in zip(d_past, d_state, strict=True):
+                item.summary(target).copy_(tensor)
+    return d_query, d_key, d_value, *d_past
+
+
+@_backward.register_fake
+def _(
+    d_out: Tensor,
+    d_numerator: Tensor,
+    d_denominator: Tensor,
+    out: Tensor,
+    normaliser: Tensor,
+    after_numerator: Tensor,
+    after_denominator: Tensor,
+    after_log_scale: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    projection: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+    log_scale: Tensor,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kernel: str,
+    scale: float,
+    is_causal: bool,
+    fast: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    d_query, d_key, d_value = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+    return d_query, d_key, d_value, torch.empty_like(numerator), torch.empty_like(denominator)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, kernel, scale, is_causal, fast = inputs
+    ctx.save_for_backward(*output, *tensors)
+    ctx.mark_non_differentiable(output[1], output[4])
+    ctx.arguments = (kernel, scale, is_causal, fast)
+
+
+def _backward_of(ctx: Any, d_out: Tensor, _: Tensor, d_numerator: Tensor, d_denominator: Tensor, __: Tensor) -> Any:
+    gradients = _backward(d_out, d_numerator, d_denominator, *ctx.saved_tensors, *ctx.arguments)
+    d_q, d_k, d_v, *d_past = gradients
+    return d_q, d_k, d_v, None, *d_past, *[None] * 7
+
+
+_forward.register_autograd(_backward_of, setup_context=_setup_context)

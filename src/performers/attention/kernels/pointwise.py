@@ -1,0 +1,211 @@
+"""Chunked FAVOR attention for pointwise features, phi(x) = f(W x): plain sums, no scales.
+
+The state is S = sum phi(k) v^T and z = sum phi(k). Causal attention cuts the rows in chunks: a row sees the chunks before its
+own through the state, and the keys of its own chunk through a C x C matrix of weights. The backward pass keeps the output and,
+when causal, each row's denominator; features are computed again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from performers.attention.features import Kernel
+from performers.attention.kernels.state import StateTensors, chunks, guarded, shifted
+
+ROWS = 512  # of a bidirectional chunk: its features stay in cache
+CAUSAL_ROWS = 128  # of a causal chunk: its weights cost C per row, the state M
+
+
+@dataclass
+class Pointwise:
+    """The features of one call, and the four passes over them; the same interface as `Exponential`.
+
+    Attributes:
+        kernel: f and its derivative.
+        weight: (M, D), the projection times the square root of the scale.
+        product_dtype: the type in which matrix products are taken.
+    """
+
+    kernel: Kernel
+    weight: Tensor
+    product_dtype: torch.dtype
+
+    exponential = False
+
+    def multiply(self, x: Tensor, y: Tensor) -> Tensor:
+        """x @ y, in the type for products, given back in the type for sums."""
+        return (x.to(self.product_dtype) @ y.to(self.product_dtype)).to(self.weight.dtype)
+
+    def project(self, x: Tensor) -> Tensor:
+        """u = W x."""
+        return self.multiply(x, self.weight.T)
+
+    def features(self, u: Tensor, real: Tensor | None = None) -> Tensor:
+        """f(u), zero where a key is padding."""
+        assert self.kernel.function is not None
+        phi = self.kernel.function(u)
+        return phi if real is None else phi * real.unsqueeze(-1)
+
+    def pull(self, u: Tensor, d_phi: Tensor, real: Tensor | None = None) -> Tensor:
+        """The gradient with respect to x, given the one with respect to phi(x)."""
+        if real is not None:
+            d_phi = d_phi * real.unsqueeze(-1)
+        return self.multiply(self.kernel.pull(u, d_phi), self.weight)
+
+    def absorb(self, phi: Tensor, v: Tensor, state: StateTensors) -> StateTensors:
+        """The state after the keys with features phi and values v as well."""
+        return StateTensors(
+            state.numerator + self.multiply(phi.mT, v), state.denominator + phi.sum(-2), state.log_scale
+        )
+
+    def absorb_all(self, k: Tensor, v: Tensor, real: Tensor | None, state: StateTensors) -> StateTensors:
+        """The state after all keys k."""
+        for rows in chunks(k.shape[-2], ROWS):
+            phi = self.features(self.project(k[:, rows]), None if real is None else real[:, rows])
+            state = self.absorb(phi, v[:, rows], state)
+        return state
+
+    def read(self, phi: Tensor, state: StateTensors) -> tuple[Tensor, Tensor]:
+        """Numerator (G, L, Dv) and denominator (G, L, 1) of rows that see the state alone."""
+        return self.multiply(phi, state.numerator), phi @ state.denominator.unsqueeze(-1)
+
+    def bidirectional(
+        self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, past: StateTensors, out: Tensor
+    ) -> StateTensors:
+        """Write the output rows; return the state of past and present keys."""
+        state = self.absorb_all(k, v, real, past)
+        for rows in chunks(q.shape[-2], ROWS):
+            numerator, denominator = self.read(self.features(self.project(q[:, rows])), state)
+            out[:, rows] = numerator / guarded(denominator)
+        return state
+
+    def bidirectional_backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        real: Tensor | None,
+        past: StateTensors,
+        after: StateTensors,
+        out: Tensor,
+        d_out: Tensor,
+        d_after: tuple[Tensor, Tensor],
+        d_q: Tensor,
+        d_k: Tensor,
+        d_v: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Write the gradients of q, k and v; return those of the past numerator and denominator."""
+        reverse = d_after
+        for rows in chunks(q.shape[-2], ROWS):
+            u = self.project(q[:, rows])
+            phi = self.features(u)
+            d_num, d_den = self._row_gradients(phi @ after.denominator.unsqueeze(-1), out, d_out, rows)
+            d_q[:, rows] = self.pull(u, self._pull_state(d_num, d_den, after))
+            reverse = self._collect(phi, d_num, d_den, reverse)
+        for rows in chunks(k.shape[-2], ROWS):
+            d_k[:, rows], d_v[:, rows] = self._pull_reverse(k, v, real, rows, reverse)
+        return reverse
+
+    def causal(
+        self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, past: StateTensors, out: Tensor, normaliser: Tensor
+    ) -> StateTensors:
+        """Write the output rows and their denominators; return the state after the last key."""
+        early, prefix = max(0, q.shape[-2] - k.shape[-2]), max(0, k.shape[-2] - q.shape[-2])
+        state = self.absorb_all(k[:, :prefix], v[:, :prefix], None if real is None else real[:, :prefix], past)
+        for rows in chunks(early, ROWS):
+            numerator, denominator = self.read(self.features(self.project(q[:, rows])), state)
+            out[:, rows], normaliser[:, rows] = numerator / guarded(denominator), denominator.squeeze(-1)
+        for rows in chunks(q.shape[-2] - early, CAUSAL_ROWS):
+            queries, keys = shifted(rows, early), shifted(rows, prefix)
+            phi_q = self.features(self.project(q[:, queries]))
+            phi_k = self.features(self.project(k[:, keys]), None if real is None else real[:, keys])
+            numerator, denominator = self.read(phi_q, state)
+            weights = self.multiply(phi_q, phi_k.mT).tril_()
+            denominator = denominator + weights.sum(-1, keepdim=True)
+            out[:, queries] = (numerator + self.multiply(weights, v[:, keys])) / guarded(denominator)
+            normaliser[:, queries] = denominator.squeeze(-1)
+            state = self.absorb(phi_k, v[:, keys], state)
+        return state
+
+    def causal_backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        real: Tensor | None,
+        past: StateTensors,
+        after: StateTensors,
+        out: Tensor,
+        normaliser: Tensor,
+        d_out: Tensor,
+        d_after: tuple[Tensor, Tensor],
+        d_q: Tensor,
+        d_k: Tensor,
+        d_v: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Write the gradients of q, k and v; return those of the past numerator and denominator.
+
+        A forward scan of the state gives dq and what a chunk owes itself; a reverse scan of the queries' sums gives the rest of
+        dk and dv.
+        """
+        early, prefix = max(0, q.shape[-2] - k.shape[-2]), max(0, k.shape[-2] - q.shape[-2])
+        state = self.absorb_all(k[:, :prefix], v[:, :prefix], None if real is None else real[:, :prefix], past)
+        for rows in chunks(early, ROWS):
+            d_num, d_den = self._row_gradients(normaliser[:, rows].unsqueeze(-1), out, d_out, rows)
+            d_q[:, rows] = self.pull(self.project(q[:, rows]), self._pull_state(d_num, d_den, state))
+        for rows in chunks(q.shape[-2] - early, CAUSAL_ROWS):
+            queries, keys = shifted(rows, early), shifted(rows, prefix)
+            real_keys = None if real is None else real[:, keys]
+            u_q, u_k = self.project(q[:, queries]), self.project(k[:, keys])
+            phi_q, phi_k = self.features(u_q), self.features(u_k, real_keys)
+            d_num, d_den = self._row_gradients(normaliser[:, queries].unsqueeze(-1), out, d_out, queries)
+            slopes = (self.multiply(d_num, v[:, keys].mT) + d_den).tril_()
+            weights = self.multiply(phi_q, phi_k.mT).tril_()
+            d_q[:, queries] = self.pull(u_q, self._pull_state(d_num, d_den, state) + self.multiply(slopes, phi_k))
+            d_k[:, keys] = self.pull(u_k, self.multiply(slopes.mT, phi_q), real_keys)
+            d_v[:, keys] = self.multiply(weights.mT, d_num)
+            state = self.absorb(phi_k, v[:, keys], state)
+
+        reverse = d_after
+        for rows in reversed(list(chunks(q.shape[-2] - early, CAUSAL_ROWS))):
+            queries, keys = shifted(rows, early), shifted(rows, prefix)
+            d_keys, d_values = self._pull_reverse(k, v, real, keys, reverse)
+            d_k[:, keys] += d_keys
+            d_v[:, keys] += d_values
+            phi = self.features(self.project(q[:, queries]))
+            gradients = self._row_gradients(normaliser[:, queries].unsqueeze(-1), out, d_out, queries)
+            reverse = self._collect(phi, *gradients, reverse)
+        for rows in chunks(early, ROWS):
+            phi = self.features(self.project(q[:, rows]))
+            gradients = self._row_gradients(normaliser[:, rows].unsqueeze(-1), out, d_out, rows)
+            reverse = self._collect(phi, *gradients, reverse)
+        for rows in chunks(prefix, ROWS):
+            d_k[:, rows], d_v[:, rows] = self._pull_reverse(k, v, real, rows, reverse)
+        return reverse
+
+    def _row_gradients(self, denominator: Tensor, out: Tensor, d_out: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """The gradients with respect to the rows' numerators (G, C, Dv) and denominators (G, C, 1)."""
+        d_num = d_out[:, rows].to(self.weight.dtype) / guarded(denominator)
+        return d_num, -(d_num * out[:, rows]).sum(-1, keepdim=True)
+
+    def _pull_state(self, d_num: Tensor, d_den: Tensor, state: StateTensors) -> Tensor:
+        """The gradient with respect to phi(q), of rows that see the state."""
+        return self.multiply(d_num, state.numerator.mT) + d_den * state.denominator.unsqueeze(-2)
+
+    def _collect(
+        self, phi: Tensor, d_num: Tensor, d_den: Tensor, reverse: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients that reach the state, with these rows' added."""
+        return reverse[0] + self.multiply(phi.mT, d_num), reverse[1] + (phi.mT @ d_den).squeeze(-1)
+
+    def _pull_reverse(
+        self, k: Tensor, v: Tensor, real: Tensor | None, rows: slice, reverse: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of keys and values that went into the state."""
+        real = None if real is None else real[:, rows]
+        u = self.project(k[:, rows])
+        d_phi = self.multiply(v[:, rows], reverse[0].mT) + reverse[1].unsqueeze(-2)
+        return self.pull(u, d_phi, real), self.multiply(self.features(u, real), reverse[0])
