@@ -18,9 +18,9 @@ from performers.attention.arguments import segments
 from performers.attention.features import FavorFeatures, kernel_of
 from performers.attention.kernels.exponential import Exponential
 from performers.attention.kernels.pointwise import Pointwise
-from performers.attention.kernels.state import StateTensors, compute_dtype
+from performers.attention.kernels.state import CAUSAL_ROWS, ROWS, StateTensors, compute_dtype
 
-GROUP_ROWS = 1024  # how many rows, over several heads, one product takes at least where there are as many
+GROUP_ROWS = 1024  # how many rows, over several heads, one product takes where there are as many
 FLATTENED_LENGTH = (
     512  # up to which batch and heads are joined, at the price of a copy, so that products are large enough
 )
@@ -89,8 +89,9 @@ class _Item:
         return mask[self.batch].expand(self.heads.stop - self.heads.start, -1)
 
 
-def _items(query: Tensor, key: Tensor, cu_seqlens: Tensor | None) -> Iterator[_Item]:
+def _items(query: Tensor, key: Tensor, cu_seqlens: Tensor | None, is_causal: bool) -> Iterator[_Item]:
     batch, heads, length = query.shape[:3]
+    chunk = CAUSAL_ROWS if is_causal else ROWS
     if cu_seqlens is None:
         joined = max(length, key.shape[2]) <= FLATTENED_LENGTH
         sequences = [(None if joined else row, slice(0, None)) for row in range(1 if joined else batch)]
@@ -99,8 +100,8 @@ def _items(query: Tensor, key: Tensor, cu_seqlens: Tensor | None) -> Iterator[_I
         sequences = [(0, rows) for rows in segments(cu_seqlens, length)]
     total = batch * heads if joined else heads
     for row, rows in sequences:
-        rows_per_head = (length if rows.stop is None else rows.stop - rows.start) or 1
-        group = max(1, GROUP_ROWS // rows_per_head)
+        rows_of_a_head = min(chunk, length if rows.stop is None else rows.stop - rows.start)
+        group = max(1, GROUP_ROWS // max(1, rows_of_a_head))
         for first in range(0, total, group):
             yield _Item(slice(first, min(first + group, total)), rows, row)
 
@@ -133,7 +134,7 @@ def _forward(
     after = StateTensors(torch.empty_like(numerator), torch.empty_like(denominator), torch.empty_like(log_scale))
     with torch.autocast(query.device.type, enabled=False):
         family = _family(projection, query.dtype, kernel, scale, fast)
-        for item in _items(query, key, cu_seqlens):
+        for item in _items(query, key, cu_seqlens, is_causal):
             past = item.state(StateTensors(numerator, denominator, log_scale))
             q, k, v, o = (item.place(x) for x in (query, key, value, out))
             real = item.real(key_padding_mask, query.shape[1])
@@ -199,7 +200,7 @@ def _backward(
     d_past = (torch.zeros_like(numerator), torch.zeros_like(denominator))
     with torch.autocast(query.device.type, enabled=False):
         family = _family(projection, query.dtype, kernel, scale, fast)
-        for item in _items(query, key, cu_seqlens):
+        for item in _items(query, key, cu_seqlens, is_causal):
             past = item.state(StateTensors(numerator, denominator, log_scale))
             q, k, v, o, d_o, d_q, d_k, d_v = (
                 item.place(x) for x in (query, key, value, out, d_out, d_query, d_key, d_value)

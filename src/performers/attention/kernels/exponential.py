@@ -21,10 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from performers.attention.kernels.state import StateTensors, chunks, finite, guarded, shifted
+from performers.attention.kernels.state import CAUSAL_ROWS, ROWS, StateTensors, chunks, finite, guarded, shifted
 
-ROWS = 512  # of a bidirectional chunk: its features stay in cache
-CAUSAL_ROWS = 128  # of a causal chunk: its weights cost C per row, the state M
 BLOCK_ROWS = 8  # at which halving stops and every product of features is formed
 # In float32 a product of features is exact to rounding down to exp(-87) of its scale. A row whose sum stays within exp(-60)
 # has lost nothing; an exponential below exp(40) times one above exp(-103) is at most 1 and loses less than exp(-60).

@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 
 from performers.attention.features import Kernel
-from performers.attention.kernels.state import StateTensors, chunks, guarded, shifted
-
-ROWS = 512  # of a bidirectional chunk: its features stay in cache
-CAUSAL_ROWS = 128  # of a causal chunk: its weights cost C per row, the state M
+from performers.attention.kernels.state import CAUSAL_ROWS, ROWS, StateTensors, chunks, guarded, shifted
 
 
 @dataclass

@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+ROWS = 512  # of a bidirectional chunk: its features stay in cache
+CAUSAL_ROWS = 128  # of a causal chunk: its weights cost C per row, the state M
+
 # A row whose weights sum to less than this has nothing to attend to and gives zeros. A signed kernel's denominator can come
 # this close to zero by cancellation, too; every backend then divides by the same floor.
 DENOMINATOR_FLOOR = 1e-12
