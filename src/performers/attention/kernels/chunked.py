@@ -1,8 +1,8 @@
 """FAVOR attention in chunks of rows: any device, time and memory linear in the length, no L x M tensor ever.
 
 The forward and the backward pass are `torch.library` operators, so that `torch.compile` sees one node each and not a loop over a
-million tokens. Features are computed again in the backward pass; the operators keep the output, the state and, when causal,
-one number per row.
+million tokens. Features are computed again in the backward pass; the operators keep the state and, when causal, one number per
+row.
 """
 
 from __future__ import annotations
@@ -177,7 +177,6 @@ def _backward(
     d_out: Tensor,
     d_numerator: Tensor,
     d_denominator: Tensor,
-    out: Tensor,
     normaliser: Tensor,
     after_numerator: Tensor,
     after_denominator: Tensor,
@@ -202,9 +201,7 @@ def _backward(
         family = _family(projection, query.dtype, kernel, scale, fast)
         for item in _items(query, key, cu_seqlens, is_causal):
             past = item.state(StateTensors(numerator, denominator, log_scale))
-            q, k, v, o, d_o, d_q, d_k, d_v = (
-                item.place(x) for x in (query, key, value, out, d_out, d_query, d_key, d_value)
-            )
+            q, k, v, d_o, d_q, d_k, d_v = (item.place(x) for x in (query, key, value, d_out, d_query, d_key, d_value))
             real = item.real(key_padding_mask, query.shape[1])
             d_after = (item.summary(d_numerator), item.summary(d_denominator))
             if cu_seqlens is None:
@@ -213,9 +210,9 @@ def _backward(
                 after = family.absorb_all(k, v, real, past)
             if is_causal:
                 rows = item.place(normaliser)
-                d_state = family.causal_backward(q, k, v, real, past, after, o, rows, d_o, d_after, d_q, d_k, d_v)
+                d_state = family.causal_backward(q, k, v, real, past, after, rows, d_o, d_after, d_q, d_k, d_v)
             else:
-                d_state = family.bidirectional_backward(q, k, v, real, past, after, o, d_o, d_after, d_q, d_k, d_v)
+                d_state = family.bidirectional_backward(q, k, v, real, past, after, d_o, d_after, d_q, d_k, d_v)
             for target, tensor in zip(d_past, d_state, strict=True):
                 item.summary(target).copy_(tensor)
     return d_query, d_key, d_value, *d_past
@@ -226,7 +223,6 @@ def _(
     d_out: Tensor,
     d_numerator: Tensor,
     d_denominator: Tensor,
-    out: Tensor,
     normaliser: Tensor,
     after_numerator: Tensor,
     after_denominator: Tensor,
@@ -251,7 +247,7 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, kernel, scale, is_causal, fast = inputs
-    ctx.save_for_backward(*output, *tensors)
+    ctx.save_for_backward(*output[1:], *tensors)
     ctx.mark_non_differentiable(output[1], output[4])
     ctx.arguments = (kernel, scale, is_causal, fast)
 

@@ -10,7 +10,8 @@ is built from scales of single tokens and running maxima. These can underflow wh
 features; such rows are computed again by halving the chunk, where every key of the first half precedes every query of the
 second half and the scale per feature is allowed again.
 
-The backward pass keeps the output and, when causal, the log denominator of each row; features are computed again.
+The backward pass has the state and, when causal, the log denominator of each row; features are computed again, and so is
+d_out . out: read from an output that was rounded to 16 bits, it would spoil gradients that nearly cancel.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class _Rows(NamedTuple):
     a: Tensor  # (G, C, M)
     d_o: Tensor  # (G, C, Dv)
     log_sum: Tensor  # (G, C, 1)  log denominator
-    slope: Tensor  # (G, C, 1)  d_o . out
+    slope: Tensor  # (G, C, 1)  d_o . out, written to
     d_a: Tensor  # (G, C, M)  added to
 
     def part(self, rows: slice) -> _Rows:
@@ -53,6 +54,15 @@ class _Keys(NamedTuple):
 
     def part(self, rows: slice) -> _Keys:
         return _Keys(*(tensor[:, rows] for tensor in self))
+
+
+class _Products(NamedTuple):
+    """Queries and keys of a chunk, multiplied out, in the backward pass."""
+
+    phi_q: Tensor  # (G, C, M)  divided by the rows' denominators
+    phi_k: Tensor  # (G, C, M)
+    weights: Tensor  # (G, C, C)
+    slopes: Tensor  # (G, C, C)  d_o . v
 
 
 @dataclass
@@ -137,7 +147,6 @@ class Exponential:
         real: Tensor | None,
         past: StateTensors,
         after: StateTensors,
-        out: Tensor,
         d_out: Tensor,
         d_after: tuple[Tensor, Tensor],
         d_q: Tensor,
@@ -152,15 +161,15 @@ class Exponential:
         d_numerator, d_denominator = d_after
         shift = finite(after.log_scale).unsqueeze(-2)
         for rows in chunks(q.shape[-2], ROWS):
-            shifted = self.log_queries(q[:, rows]) + shift
-            phi = shifted.sub_(shifted.amax(-1, keepdim=True)).exp_()
-            denominator = guarded(phi @ after.denominator.unsqueeze(-1))
+            a = self.log_queries(q[:, rows]).add_(shift)
+            phi = a.sub_(a.amax(-1, keepdim=True)).exp_()
+            phi.div_(guarded(phi @ after.denominator.unsqueeze(-1)))
             d_o = d_out[:, rows].to(phi.dtype)
-            d_num = d_o / denominator
-            d_den = (d_o * out[:, rows]).sum(-1, keepdim=True).div_(denominator).neg_()
-            d_numerator = d_numerator + self.multiply(phi.mT, d_num)
-            d_denominator = d_denominator + (phi.mT @ d_den).squeeze(-1)
-            d_phi = self.multiply(d_num, after.numerator.mT).add_(d_den * after.denominator.unsqueeze(-2))
+            d_phi = self.multiply(d_o, after.numerator.mT)
+            slope = (phi * d_phi).sum(-1, keepdim=True)
+            d_numerator = d_numerator + self.multiply(phi.mT, d_o)
+            d_denominator = d_denominator - (phi.mT @ slope).squeeze(-1)
+            d_phi.sub_(slope * after.denominator.unsqueeze(-2))
             d_q[:, rows] = self.pull_queries(d_phi.mul_(phi))
         reverse = StateTensors(d_numerator, d_denominator, -shift.squeeze(-2))
         for rows in chunks(k.shape[-2], ROWS):
@@ -203,8 +212,7 @@ class Exponential:
         peak_a, peak_b = a.amax(-1, keepdim=True), b.amax(-1)
         products = self.multiply(torch.exp(a - peak_a), torch.exp(b - finite(peak_b).unsqueeze(-1)).mT)
         running = finite(torch.cummax(peak_b, -1).values).unsqueeze(-1)
-        later = torch.ones(a.shape[-2], a.shape[-2], dtype=torch.bool, device=a.device).triu_(1)
-        decay = (peak_b.unsqueeze(-2) - running).masked_fill_(later, -torch.inf).exp_()
+        decay = (peak_b.unsqueeze(-2) - running).masked_fill_(_later(a), -torch.inf).exp_()
         weights = products.mul_(decay)
         own = weights.sum(-1, keepdim=True)
         scale = peak_a + running
@@ -230,8 +238,7 @@ class Exponential:
         length = a.shape[-2]
         if length <= BLOCK_ROWS:
             log_weights = torch.logsumexp(a.unsqueeze(-2) + b.unsqueeze(-3), -1)
-            later = torch.ones(length, length, dtype=torch.bool, device=a.device).triu_(1)
-            log_weights.masked_fill_(later, -torch.inf)
+            log_weights.masked_fill_(_later(a), -torch.inf)
             log_sum = torch.logsumexp(log_weights, -1, keepdim=True)
             return torch.exp(log_weights - finite(log_sum)) @ v, log_sum
         half = length // 2
@@ -250,7 +257,6 @@ class Exponential:
         real: Tensor | None,
         past: StateTensors,
         after: StateTensors,
-        out: Tensor,
         normaliser: Tensor,
         d_out: Tensor,
         d_after: tuple[Tensor, Tensor],
@@ -267,34 +273,39 @@ class Exponential:
         """
         early, prefix = max(0, q.shape[-2] - k.shape[-2]), max(0, k.shape[-2] - q.shape[-2])
         real_prefix = None if real is None else real[:, :prefix]
+        slopes = normaliser.new_zeros(*normaliser.shape, 1)
 
         def rows_at(rows: slice) -> _Rows:
-            return self._rows(q, out, normaliser, d_out, rows)
+            a = self.log_queries(q[:, rows])
+            # A row with nothing to attend to has the log denominator -inf; +inf in its place makes all its weights zero.
+            log_sum = torch.where(normaliser[:, rows] == -torch.inf, torch.inf, normaliser[:, rows]).unsqueeze(-1)
+            return _Rows(a, d_out[:, rows].to(a.dtype), log_sum, slopes[:, rows], torch.zeros_like(a))
 
         state = self.absorb_all(k[:, :prefix], v[:, :prefix], real_prefix, past)
         for rows in chunks(early, ROWS):
-            d_q[:, rows] = self.pull_queries(self._pull_state(rows_at(rows), state))
+            queries = rows_at(rows)
+            self._rows_backward(queries, None, state)
+            d_q[:, rows] = self.pull_queries(queries.d_a)
         for rows in chunks(q.shape[-2] - early, CAUSAL_ROWS):
-            queries, keys = shifted(rows, early), shifted(rows, prefix)
-            b = self.log_keys(k[:, keys], None if real is None else real[:, keys])
-            values = v[:, keys].to(b.dtype)
-            chunk_queries = rows_at(queries)
-            chunk_queries.d_a.copy_(self._pull_state(chunk_queries, state))
-            chunk_keys = _Keys(b, values, torch.zeros_like(b), torch.zeros_like(values))
-            self._chunk_backward(chunk_queries, chunk_keys)
-            d_q[:, queries] = self.pull_queries(chunk_queries.d_a)
-            d_k[:, keys] = self.pull_keys(chunk_keys.d_b, k[:, keys])
-            d_v[:, keys] = chunk_keys.d_v
+            at_queries, at_keys = shifted(rows, early), shifted(rows, prefix)
+            b = self.log_keys(k[:, at_keys], None if real is None else real[:, at_keys])
+            values = v[:, at_keys].to(b.dtype)
+            queries = rows_at(at_queries)
+            keys = _Keys(b, values, torch.zeros_like(b), torch.zeros_like(values))
+            self._rows_backward(queries, keys, state)
+            d_q[:, at_queries] = self.pull_queries(queries.d_a)
+            d_k[:, at_keys] = self.pull_keys(keys.d_b, k[:, at_keys])
+            d_v[:, at_keys] = keys.d_v
             state = self.absorb(b, values, state)
 
         reverse = StateTensors(*d_after, -finite(after.log_scale))
         for rows in reversed(list(chunks(q.shape[-2] - early, CAUSAL_ROWS))):
-            queries, keys = shifted(rows, early), shifted(rows, prefix)
-            b = self.log_keys(k[:, keys], None if real is None else real[:, keys])
-            d_keys, d_values = self._pull_reverse(b, k[:, keys], v[:, keys], reverse)
-            d_k[:, keys] += d_keys
-            d_v[:, keys] += d_values
-            reverse = self._collect(rows_at(queries), reverse)
+            at_keys = shifted(rows, prefix)
+            b = self.log_keys(k[:, at_keys], None if real is None else real[:, at_keys])
+            d_keys, d_values = self._pull_reverse(b, k[:, at_keys], v[:, at_keys], reverse)
+            d_k[:, at_keys] += d_keys
+            d_v[:, at_keys] += d_values
+            reverse = self._collect(rows_at(shifted(rows, early)), reverse)
         for rows in chunks(early, ROWS):
             reverse = self._collect(rows_at(rows), reverse)
         for rows in chunks(prefix, ROWS):
@@ -303,19 +314,25 @@ class Exponential:
         keep = torch.exp(past.log_scale + reverse.log_scale)
         return reverse.numerator * keep.unsqueeze(-1), reverse.denominator * keep
 
-    def _rows(self, q: Tensor, out: Tensor, normaliser: Tensor, d_out: Tensor, rows: slice) -> _Rows:
-        a = self.log_queries(q[:, rows])
-        d_o = d_out[:, rows].to(a.dtype)
-        log_sum = normaliser[:, rows].unsqueeze(-1)
-        # A row with nothing to attend to has the log denominator -inf; +inf in its place makes all its weights zero.
-        log_sum = torch.where(log_sum == -torch.inf, torch.inf, log_sum)
-        return _Rows(a, d_o, log_sum, (d_o * out[:, rows]).sum(-1, keepdim=True), torch.zeros_like(a))
-
-    def _pull_state(self, rows: _Rows, state: StateTensors) -> Tensor:
-        """The gradient with respect to a, of rows that see the state."""
+    def _rows_backward(self, rows: _Rows, keys: _Keys | None, state: StateTensors) -> None:
+        """Write the slopes and the gradients of rows that see the state and, causally, the keys of their own chunk."""
         phi = torch.exp(rows.a + state.log_scale.unsqueeze(-2) - rows.log_sum)
-        d_phi = self.multiply(rows.d_o, state.numerator.mT).sub_(rows.slope * state.denominator.unsqueeze(-2))
-        return d_phi.mul_(phi)
+        d_phi = self.multiply(rows.d_o, state.numerator.mT)
+        rows.slope.copy_((phi * d_phi).sum(-1, keepdim=True))
+        own = None
+        if keys is not None:
+            own = self._products(rows, keys, _later(rows.a))
+            if own is not None:
+                rows.slope.add_((own.weights * own.slopes).sum(-1, keepdim=True))
+            else:
+                out, log_sum = self._halved(rows.a, keys.b, keys.v)
+                rows.slope.add_(torch.exp(log_sum - rows.log_sum) * (rows.d_o * out).sum(-1, keepdim=True))
+        rows.d_a.copy_(d_phi.sub_(rows.slope * state.denominator.unsqueeze(-2)).mul_(phi))
+        if keys is not None:
+            if own is not None:
+                self._add_products(rows, keys, own, _later(rows.a))
+            else:
+                self._halved_backward(rows, keys)
 
     def _pull_reverse(self, b: Tensor, k: Tensor, v: Tensor, reverse: StateTensors) -> tuple[Tensor, Tensor]:
         """The gradients of keys and values, from the queries collected in `reverse`. Overwrites b."""
@@ -335,44 +352,50 @@ class Exponential:
             log_scale,
         )
 
-    def _chunk_backward(self, rows: _Rows, keys: _Keys) -> None:
-        """Add the gradients of a chunk that sees itself."""
-        length = rows.a.shape[-2]
-        later = torch.ones(length, length, dtype=torch.bool, device=rows.a.device).triu_(1)
-        if self._cross_backward(rows, keys, later):
-            return
-        if length <= BLOCK_ROWS:
-            exponents = rows.a.unsqueeze(-2) + keys.b.unsqueeze(-3) - rows.log_sum.unsqueeze(-1)
-            terms = exponents.masked_fill_(later.unsqueeze(-1), -torch.inf).exp_()  # (G, C, C, M)
-            keys.d_v.add_(terms.sum(-1).mT @ rows.d_o)
-            terms.mul_((rows.d_o @ keys.v.mT - rows.slope).unsqueeze(-1))
-            rows.d_a.add_(terms.sum(-2))
-            keys.d_b.add_(terms.sum(-3))
-            return
-        top, bottom = slice(0, length // 2), slice(length // 2, length)
-        self._cross_backward(rows.part(bottom), keys.part(top), None)
-        for half in (top, bottom):
-            self._chunk_backward(rows.part(half), keys.part(half))
-
-    def _cross_backward(self, rows: _Rows, keys: _Keys, later: Tensor | None) -> bool:
-        """Add the gradients of queries and keys, scaled per feature; False, adding nothing, where that could overflow.
+    def _products(self, rows: _Rows, keys: _Keys, later: Tensor | None) -> _Products | None:
+        """Weights and slopes of queries and keys, scaled per feature; None where that could overflow.
 
         `later` marks the pairs that do not count; None when every key precedes every query, and nothing can overflow.
         """
         shift = keys.b.amax(-2, keepdim=True)
         exponents = rows.a + shift - rows.log_sum
         if later is not None and bool(exponents.amax() > SAFE_ABOVE):
-            return False
+            return None
         phi_q, phi_k = exponents.exp_(), torch.exp(keys.b - finite(shift))
-        weights = self.multiply(phi_q, phi_k.mT)
-        slopes = self.multiply(rows.d_o, keys.v.mT).sub_(rows.slope)
+        weights, slopes = self.multiply(phi_q, phi_k.mT), self.multiply(rows.d_o, keys.v.mT)
+        return _Products(phi_q, phi_k, weights if later is None else weights.masked_fill_(later, 0.0), slopes)
+
+    def _add_products(self, rows: _Rows, keys: _Keys, own: _Products, later: Tensor | None) -> None:
+        """Add the gradients that queries and keys owe each other."""
+        slopes = own.slopes - rows.slope
         if later is not None:
-            weights.masked_fill_(later, 0.0)
             slopes.masked_fill_(later, 0.0)
-        keys.d_v.add_(self.multiply(weights.mT, rows.d_o))
-        rows.d_a.add_(self.multiply(slopes, phi_k).mul_(phi_q))
-        keys.d_b.add_(self.multiply(slopes.mT, phi_q).mul_(phi_k))
-        return True
+        keys.d_v.add_(self.multiply(own.weights.mT, rows.d_o))
+        rows.d_a.add_(self.multiply(slopes, own.phi_k).mul_(own.phi_q))
+        keys.d_b.add_(self.multiply(slopes.mT, own.phi_q).mul_(own.phi_k))
+
+    def _halved_backward(self, rows: _Rows, keys: _Keys) -> None:
+        """Add the gradients of a chunk that sees itself alone, by halving."""
+        length = rows.a.shape[-2]
+        if length <= BLOCK_ROWS:
+            exponents = rows.a.unsqueeze(-2) + keys.b.unsqueeze(-3) - rows.log_sum.unsqueeze(-1)
+            terms = exponents.masked_fill_(_later(rows.a).unsqueeze(-1), -torch.inf).exp_()  # (G, C, C, M)
+            keys.d_v.add_(terms.sum(-1).mT @ rows.d_o)
+            terms.mul_((rows.d_o @ keys.v.mT - rows.slope).unsqueeze(-1))
+            rows.d_a.add_(terms.sum(-2))
+            keys.d_b.add_(terms.sum(-3))
+            return
+        top, bottom = slice(0, length // 2), slice(length // 2, length)
+        cross = self._products(rows.part(bottom), keys.part(top), None)
+        assert cross is not None
+        self._add_products(rows.part(bottom), keys.part(top), cross, None)
+        for half in (top, bottom):
+            self._halved_backward(rows.part(half), keys.part(half))
+
+
+def _later(a: Tensor) -> Tensor:
+    """The pairs of a chunk, (C, C) bool, whose key comes after the query."""
+    return torch.ones(a.shape[-2], a.shape[-2], dtype=torch.bool, device=a.device).triu_(1)
 
 
 def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Chunked FAVOR attention for pointwise features, phi(x) = f(W x): plain sums, no scales.
 
-The state is S = sum phi(k) v^T and z = sum phi(k). Causal attention cuts the rows in chunks: a row sees the chunks before its
-own through the state, and the keys of its own chunk through a C x C matrix of weights. The backward pass keeps the output and,
-when causal, each row's denominator; features are computed again.
+The state is S = sum phi(k) v^T and z = sum phi(k). Causal attention cuts the rows in chunks: a row sees the chunks before
+its own through the state, and the keys of its own chunk through a C x C matrix of weights. The backward pass has the state
+and, when causal, each row's denominator; features are computed again.
 """
 
 from __future__ import annotations
@@ -87,7 +87,6 @@ class Pointwise:
         real: Tensor | None,
         past: StateTensors,
         after: StateTensors,
-        out: Tensor,
         d_out: Tensor,
         d_after: tuple[Tensor, Tensor],
         d_q: Tensor,
@@ -99,8 +98,11 @@ class Pointwise:
         for rows in chunks(q.shape[-2], ROWS):
             u = self.project(q[:, rows])
             phi = self.features(u)
-            d_num, d_den = self._row_gradients(phi @ after.denominator.unsqueeze(-1), out, d_out, rows)
-            d_q[:, rows] = self.pull(u, self._pull_state(d_num, d_den, after))
+            denominator = guarded(phi @ after.denominator.unsqueeze(-1))
+            d_num = d_out[:, rows].to(u.dtype) / denominator
+            d_phi = self.multiply(d_num, after.numerator.mT)
+            d_den = (phi * d_phi).sum(-1, keepdim=True).div_(denominator).neg_()
+            d_q[:, rows] = self.pull(u, d_phi.add_(d_den * after.denominator.unsqueeze(-2)))
             reverse = self._collect(phi, d_num, d_den, reverse)
         for rows in chunks(k.shape[-2], ROWS):
             d_k[:, rows], d_v[:, rows] = self._pull_reverse(k, v, real, rows, reverse)
@@ -135,7 +137,6 @@ class Pointwise:
         real: Tensor | None,
         past: StateTensors,
         after: StateTensors,
-        out: Tensor,
         normaliser: Tensor,
         d_out: Tensor,
         d_after: tuple[Tensor, Tensor],
@@ -150,47 +151,49 @@ class Pointwise:
         """
         early, prefix = max(0, q.shape[-2] - k.shape[-2]), max(0, k.shape[-2] - q.shape[-2])
         state = self.absorb_all(k[:, :prefix], v[:, :prefix], None if real is None else real[:, :prefix], past)
+        denominators = guarded(normaliser).unsqueeze(-1)
+        d_denominators = torch.zeros_like(denominators)
         for rows in chunks(early, ROWS):
-            d_num, d_den = self._row_gradients(normaliser[:, rows].unsqueeze(-1), out, d_out, rows)
-            d_q[:, rows] = self.pull(self.project(q[:, rows]), self._pull_state(d_num, d_den, state))
+            u = self.project(q[:, rows])
+            d_phi = self.multiply(d_out[:, rows].to(u.dtype) / denominators[:, rows], state.numerator.mT)
+            d_den = (self.features(u) * d_phi).sum(-1, keepdim=True).div_(denominators[:, rows]).neg_()
+            d_q[:, rows] = self.pull(u, d_phi.add_(d_den * state.denominator.unsqueeze(-2)))
+            d_denominators[:, rows] = d_den
         for rows in chunks(q.shape[-2] - early, CAUSAL_ROWS):
             queries, keys = shifted(rows, early), shifted(rows, prefix)
             real_keys = None if real is None else real[:, keys]
             u_q, u_k = self.project(q[:, queries]), self.project(k[:, keys])
             phi_q, phi_k = self.features(u_q), self.features(u_k, real_keys)
-            d_num, d_den = self._row_gradients(normaliser[:, queries].unsqueeze(-1), out, d_out, queries)
-            slopes = (self.multiply(d_num, v[:, keys].mT) + d_den).tril_()
+            d_num = d_out[:, queries].to(u_q.dtype) / denominators[:, queries]
+            d_phi = self.multiply(d_num, state.numerator.mT)
+            slopes = self.multiply(d_num, v[:, keys].mT)
             weights = self.multiply(phi_q, phi_k.mT).tril_()
-            d_q[:, queries] = self.pull(u_q, self._pull_state(d_num, d_den, state) + self.multiply(slopes, phi_k))
+            total = (phi_q * d_phi).sum(-1, keepdim=True) + (weights * slopes).sum(-1, keepdim=True)
+            d_den = total.div_(denominators[:, queries]).neg_()
+            slopes.add_(d_den).tril_()
+            d_phi.add_(d_den * state.denominator.unsqueeze(-2)).add_(self.multiply(slopes, phi_k))
+            d_q[:, queries] = self.pull(u_q, d_phi)
             d_k[:, keys] = self.pull(u_k, self.multiply(slopes.mT, phi_q), real_keys)
             d_v[:, keys] = self.multiply(weights.mT, d_num)
+            d_denominators[:, queries] = d_den
             state = self.absorb(phi_k, v[:, keys], state)
+
+        def collect(rows: slice) -> tuple[Tensor, Tensor]:
+            d_num = d_out[:, rows].to(denominators.dtype) / denominators[:, rows]
+            return self._collect(self.features(self.project(q[:, rows])), d_num, d_denominators[:, rows], reverse)
 
         reverse = d_after
         for rows in reversed(list(chunks(q.shape[-2] - early, CAUSAL_ROWS))):
-            queries, keys = shifted(rows, early), shifted(rows, prefix)
+            keys = shifted(rows, prefix)
             d_keys, d_values = self._pull_reverse(k, v, real, keys, reverse)
             d_k[:, keys] += d_keys
             d_v[:, keys] += d_values
-            phi = self.features(self.project(q[:, queries]))
-            gradients = self._row_gradients(normaliser[:, queries].unsqueeze(-1), out, d_out, queries)
-            reverse = self._collect(phi, *gradients, reverse)
+            reverse = collect(shifted(rows, early))
         for rows in chunks(early, ROWS):
-            phi = self.features(self.project(q[:, rows]))
-            gradients = self._row_gradients(normaliser[:, rows].unsqueeze(-1), out, d_out, rows)
-            reverse = self._collect(phi, *gradients, reverse)
+            reverse = collect(rows)
         for rows in chunks(prefix, ROWS):
             d_k[:, rows], d_v[:, rows] = self._pull_reverse(k, v, real, rows, reverse)
         return reverse
-
-    def _row_gradients(self, denominator: Tensor, out: Tensor, d_out: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """The gradients with respect to the rows' numerators (G, C, Dv) and denominators (G, C, 1)."""
-        d_num = d_out[:, rows].to(self.weight.dtype) / guarded(denominator)
-        return d_num, -(d_num * out[:, rows]).sum(-1, keepdim=True)
-
-    def _pull_state(self, d_num: Tensor, d_den: Tensor, state: StateTensors) -> Tensor:
-        """The gradient with respect to phi(q), of rows that see the state."""
-        return self.multiply(d_num, state.numerator.mT) + d_den * state.denominator.unsqueeze(-2)
 
     def _collect(
         self, phi: Tensor, d_num: Tensor, d_den: Tensor, reverse: tuple[Tensor, Tensor]
