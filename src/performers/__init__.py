@@ -53,7 +53,26 @@ _HOME = {
     "pretrain": "performers.training",
 }
 
-__all__ = sorted(["__version__", *_HOME])
+__all__ = [
+    "Corpus",
+    "ExactState",
+    "FavorFeatures",
+    "FavorState",
+    "PerformerConfig",
+    "PerformerForCausalLM",
+    "PerformerForMaskedLM",
+    "PerformerForSequenceClassification",
+    "PerformerForTokenClassification",
+    "PerformerModel",
+    "PerformerTokenizer",
+    "__version__",
+    "build_corpus",
+    "evaluate",
+    "exact_attention",
+    "favor_attention",
+    "pretrain",
+    "read_fasta",
+]
 
 
 def __getattr__(name: str) -> Any:

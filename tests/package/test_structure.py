@@ -42,7 +42,9 @@ def test_every_public_name_loads_and_an_unknown_one_is_an_attribute_error() -> N
 def test_a_star_import_gives_the_public_names() -> None:
     namespace: dict[str, object] = {}
     exec("from performers import *", namespace)
-    assert {"FavorFeatures", "favor_attention", "exact_attention", "PerformerConfig", "PerformerModel"} <= set(namespace)
+    assert {"FavorFeatures", "favor_attention", "exact_attention", "PerformerConfig", "PerformerModel"} <= set(
+        namespace
+    )
 
 
 @pytest.mark.parametrize("command", [["lint-imports"], ["ruff", "check"], ["ruff", "format", "--check"]], ids=" ".join)
