@@ -1,0 +1,150 @@
+"""What ran: every output folder says with which command, version, inputs and weights it was made, and whom to cite.
+
+`RunRecord` is a context manager around a command's work: it writes `run.json` when the work begins, again when it ends, and
+`cite.bibtex` beside it. It knows nothing of training; every command that has an output folder uses it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import platform
+import sys
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from performers import __version__
+from performers.training.folders import sha256_of, write_file
+
+CITATION = """\
+@inproceedings{choromanski2021rethinking,
+  title     = {Rethinking Attention with Performers},
+  author    = {Choromanski, Krzysztof and Likhosherstov, Valerii and Dohan, David and Song, Xingyou and Gane, Andreea and
+               Sarlos, Tamas and Hawkins, Peter and Davis, Jared and Mohiuddin, Afroz and Kaiser, Lukasz and
+               Belanger, David and Colwell, Lucy and Weller, Adrian},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2021},
+  url       = {https://openreview.net/forum?id=Ua6zuk0WRH}
+}
+
+@misc{choromanski2020masked,
+  title         = {Masked Language Modeling for Proteins via Linearly Scalable Long-Context Transformers},
+  author        = {Choromanski, Krzysztof and Likhosherstov, Valerii and Dohan, David and Song, Xingyou and Davis, Jared and
+                   Sarlos, Tamas and Belanger, David and Colwell, Lucy and Weller, Adrian},
+  year          = {2020},
+  eprint        = {2006.03555},
+  archivePrefix = {arXiv},
+  primaryClass  = {cs.LG}
+}
+"""
+
+
+def describe_file(path: str | Path) -> dict[str, Any]:
+    """Name, size and SHA-256 of a file, as `run.json` lists it."""
+    file = Path(path)
+    return {"name": str(path), "num_bytes": file.stat().st_size, "sha256": sha256_of(file)}
+
+
+class RunRecord:
+    """Writes `run.json` and `cite.bibtex` for the work done inside its `with` block.
+
+    A run that is interrupted and goes on adds a session to the same record.
+
+    Arguments:
+        folder: the output folder; one that appears only when the work is done gets its record then.
+        command: the verb, as in `performers VERB`.
+        arguments: the settings the command ran with; anything JSON can hold.
+        seed: the seed of everything random, or None where nothing is.
+        device: the device the work runs on.
+        inputs: what was read, one `describe_file` each; may be given later by `inputs`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        command: str,
+        *,
+        arguments: dict[str, Any],
+        seed: int | None,
+        device: str,
+        inputs: Iterable[dict[str, Any]] = (),
+    ) -> None:
+        self._path = folder / "run.json"
+        self._content: dict[str, Any] = {
+            "command": command,
+            "arguments": arguments,
+            "version": __version__,
+            "seed": seed,
+            "inputs": list(inputs),
+            "weights": [],
+            "results": {},
+            "sessions": self._earlier_sessions(),
+        }
+        self._session: dict[str, Any] = {
+            "command_line": sys.argv,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "device": device,
+            "python": platform.python_version(),
+            "torch": version("torch"),
+            "platform": platform.platform(),
+            "status": "running",
+        }
+
+    def _earlier_sessions(self) -> list[dict[str, Any]]:
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+            return json.loads(self._path.read_text(encoding="utf-8"))["sessions"]
+        return []
+
+    def inputs(self, files: Iterable[dict[str, Any]]) -> None:
+        """Names what was read, one `describe_file` each."""
+        self._content["inputs"] = list(files)
+
+    def weights(self, path: Path) -> None:
+        """Names a weights file that the command used or made."""
+        self._content["weights"].append(describe_file(path))
+
+    def results(self, **figures: Any) -> None:
+        """Adds figures to the record."""
+        self._content["results"].update(figures)
+
+    def __enter__(self) -> Self:
+        self._started = time.monotonic()
+        self._tracker = _energy_tracker()
+        self._write()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._session["seconds"] = round(time.monotonic() - self._started, 3)
+        self._session["status"] = "finished" if kind is None else f"stopped: {kind.__name__}"
+        if self._tracker is not None:
+            self._tracker.stop()
+            self._session["energy_kwh"] = self._tracker.final_emissions_data.energy_consumed
+            self._session["carbon_kg"] = self._tracker.final_emissions_data.emissions
+        self._write()
+
+    def _write(self) -> None:
+        if not self._path.parent.is_dir():
+            return
+        content = {**self._content, "sessions": [*self._content["sessions"], self._session]}
+        write_file(self._path, json.dumps(content, indent=1, default=str) + "\n")
+        write_file(self._path.with_name("cite.bibtex"), CITATION)
+
+
+def _energy_tracker() -> Any:
+    """A started codecarbon tracker, or None where codecarbon is not installed."""
+    try:
+        from codecarbon import EmissionsTracker  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
+    tracker = EmissionsTracker(save_to_file=False, log_level="critical", allow_multiple_runs=True)
+    tracker.start()
+    return tracker
