@@ -363,7 +363,7 @@ except DiskFullError as error:
 
 
 def test_a_device_without_room_is_a_full_disk(tmp_path: Path) -> None:
-    from performers.data.folders import writing
+    from performers.folders import writing
 
     says = "no room to write 5 bytes to /dev/full: No space left on device"
     with (

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = '''
+SCRIPT = """
 import sys
 import torch
 import torch.distributed as dist
@@ -34,7 +34,7 @@ for kind in (PerformerForMaskedLM, PerformerForCausalLM):
         assert parameter.grad is not None, name
         torch.testing.assert_close(parameter.grad, alone[name], rtol=1e-4, atol=1e-5)
 dist.destroy_process_group()
-'''
+"""
 
 
 def test_gradients_of_two_processes_equal_those_of_one(tmp_path: Path) -> None:

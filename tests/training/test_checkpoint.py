@@ -10,8 +10,8 @@ import torch
 from victims import outcome
 
 from performers.errors import CheckpointError, OutputError
+from performers.folders import MANIFEST, sealed_folder, verify_folder
 from performers.training import PretrainResult, open_model
-from performers.training.folders import MANIFEST, sealed_folder, verify_folder
 from performers.training.pretraining import GENERATOR, OPTIMIZER, list_checkpoints, load_progress
 
 Train = Callable[..., PretrainResult]

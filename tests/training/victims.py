@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from performers.folders import sha256_of
 from performers.training import PretrainConfig, checkpoint, pretrain
-from performers.training.folders import sha256_of
 
 
 def train(values: dict[str, Any]) -> None:

@@ -33,8 +33,8 @@ import numpy.typing as npt
 
 from performers.data.alphabet import ENCODING_TABLE, decode, encode
 from performers.data.fasta import MAX_LENGTH, FastaReport, OnInvalid, Record, Source, locate, read_fasta
-from performers.data.folders import building_folder, check_unused, fsync, publish, writing
 from performers.errors import CorpusError, InputError, MissingExtraError, OutputError
+from performers.folders import building_folder, check_unused, fsync, publish, writing
 
 if TYPE_CHECKING:
     import datasets

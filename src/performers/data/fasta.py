@@ -114,8 +114,9 @@ class FastaReport:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> FastaReport:
         """The inverse of `to_dict`; identifiers seen are not part of it."""
-        inputs = [InputFile(**file) for file in content["inputs"]]
-        return cls(**{**content, "inputs": inputs})
+        report = cls(**content)
+        report.inputs = [InputFile(**file) for file in content["inputs"]]
+        return report
 
     def remarks(self) -> list[str]:
         """What a user should be told, one sentence each; empty if there was nothing remarkable."""

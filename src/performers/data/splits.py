@@ -29,8 +29,8 @@ import numpy.typing as npt
 from performers.data.alphabet import decode
 from performers.data.corpus import Corpus, in_memory_corpus
 from performers.data.fasta import MAX_LENGTH, FastaReport, OnInvalid, Record, Source, read_fasta
-from performers.data.folders import building_folder, check_unused, fsync, publish, writing
 from performers.errors import InputError, MissingExtraError, RunError
+from performers.folders import building_folder, check_unused, fsync, publish, writing
 from performers.randomness import derive_seed
 
 By: TypeAlias = Literal["random", "identity", "family"]

@@ -344,6 +344,13 @@ class PerformerPreTrainedModel(PreTrainedModel):
                 if not all(loaded):
                     module.mechanism.redraw_(torch.Generator().manual_seed(module.seed))
 
+    @property
+    def redraws_by_default(self) -> bool:
+        """Whether training gains from redrawing the random features of any layer."""
+        return any(
+            module.mechanism.redraws_by_default for module in self.modules() if isinstance(module, PerformerAttention)
+        )
+
     def redraw_features_(self, seed: int, step: int) -> None:
         """Draw the random features of every layer anew, in place, as a pure function of (seed, step, layer)."""
         for module in self.modules():

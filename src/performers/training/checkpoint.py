@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from performers.errors import CheckpointError, PerformersError
-from performers.training.folders import MANIFEST, sealed_folder, verify_folder
+from performers.folders import MANIFEST, sealed_folder, verify_folder
 from performers.training.pretraining import (
     GENERATOR,
     OPTIMIZER,

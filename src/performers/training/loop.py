@@ -24,12 +24,12 @@ import torch
 
 from performers.data import Contexts, mask_tokens, next_token_labels
 from performers.errors import ConfigError, NonFiniteError
+from performers.folders import room_for
 from performers.randomness import derive_seed
 from performers.training.checkpoint import load_optimizer, open_model, save_checkpoint, save_model, weights_files
 from performers.training.configuration import PretrainConfig
 from performers.training.distributed import World, autocast, choose_dtype, join_world, use_threads
 from performers.training.evaluation import Evaluation, evaluate
-from performers.training.folders import room_for
 from performers.training.plots import plot_loss
 from performers.training.pretraining import LOG, PretrainResult, Progress, RunFolder, checkpoint_path, join_run
 from performers.training.progress import ProgressDisplay
@@ -278,11 +278,10 @@ def new_optimizer(config: PretrainConfig, model: torch.nn.Module) -> torch.optim
 
 
 def _redraw_interval(config: PretrainConfig, model: Any) -> int:
-    """Steps between redraws; only the softmax kernels approximate something that a fixed draw would be biased for."""
+    """Steps between redraws; 0 for never."""
     if config.redraw_every is not None:
         return config.redraw_every
-    favor = model.config.kwargs_of("favor") if "favor" in model.config.mechanisms else {}
-    return _DEFAULT_REDRAW_INTERVAL if str(favor.get("kernel")).startswith("softmax") else 0
+    return _DEFAULT_REDRAW_INTERVAL if model.redraws_by_default else 0
 
 
 def _non_finite(model: torch.nn.Module, loss: float, step: int, saved: Path | None) -> NonFiniteError:

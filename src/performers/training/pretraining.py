@@ -22,11 +22,10 @@ from typing import Any, Self
 import numpy as np
 
 from performers.data import Corpus, FastaReport, build_corpus, in_memory_corpus, read_fasta
-from performers.data.folders import writing
 from performers.errors import CheckpointError, ConfigError, OutputError
+from performers.folders import claim_output, remove_leftovers, temporary_name, verify_folder, write_file, writing
 from performers.randomness import derive_seed
 from performers.training.configuration import FREE_ON_RESUME, RUN_CONFIG, PretrainConfig, read_config
-from performers.training.folders import claim_output, remove_leftovers, temporary_name, verify_folder, write_file
 
 LOG = "log.jsonl"
 OPTIMIZER = "optimizer.safetensors"

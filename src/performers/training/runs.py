@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from performers import __version__
-from performers.training.folders import sha256_of, write_file
+from performers.folders import sha256_of, write_file
 
 CITATION = """\
 @inproceedings{choromanski2021rethinking,

@@ -1,32 +1,90 @@
 """Files and folders that are there completely or not at all, and that show it when they have been damaged.
 
-A sealed folder is written under a temporary name, every file is flushed to the disk, a manifest with the size and SHA-256 of
-each is added, and only then is the folder renamed: whatever moment the process dies at, the name stands for a whole folder.
-No weights format notices a flipped bit; `verify_folder` does. Nothing here knows what the files mean.
+What is being written stands under another name and is renamed when it is done and durable: whatever moment the process dies
+at, a name stands for a whole folder. A sealed folder holds a manifest with the size and SHA-256 of each file besides, because
+no weights format notices a flipped bit; `verify_folder` does. What the operating system has to say is put in the words of
+`performers.errors`. Nothing here knows what the files mean.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from performers.data.folders import check_unused, fsync, writing
-from performers.errors import CheckpointError, DiskFullError
+from performers.errors import CheckpointError, DiskFullError, OutputError
 
 MANIFEST = "manifest.json"
 _FORMAT = {"format": "performers-folder", "version": 1}
 _TEMPORARY = ".writing-"
+# No space, no quota left, or the process's own limit on the size of a file.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def building_folder(folder: Path) -> Path:
+    """Where `folder` is written before it gets its name."""
+    path = folder.absolute()
+    return path.parent / f".{path.name}.building"
+
+
+def check_unused(folder: Path, expected: str = "a new or empty folder") -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        OutputError: it exists and is not an empty folder.
+    """
+    with writing(folder):
+        unused = not any(folder.iterdir()) if folder.is_dir() else not folder.exists()
+    if not unused:
+        raise OutputError(f"{folder} is already in use; expected {expected}.")
 
 
 @contextlib.contextmanager
-def room_for(path: Path, needed: int | None = None) -> Iterator[None]:
+def writing(path: Path, num_bytes: int | None = None) -> Generator[None]:
+    """Turn an OSError about `path` into an error that users see.
+
+    Raises:
+        DiskFullError: there is no room; names the path, and the bytes if they are known.
+        OutputError: anything else that the operating system refuses.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise OutputError(f"{path} cannot be written: {error.strerror}.") from error
+        what = str(path) if num_bytes is None else f"{num_bytes:,} bytes to {path}"
+        free = shutil.disk_usage(path.parent).free
+        raise DiskFullError(
+            f"There is no room to write {what}: {error.strerror}; {free:,} bytes are free on the disk."
+        ) from error
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(building: Path, folder: Path) -> None:
+    """Give a complete folder, whose files are durable, its final name."""
+    with writing(folder):
+        fsync(building)
+        building.rename(folder)
+        fsync(folder.parent)
+
+
+@contextlib.contextmanager
+def room_for(path: Path, needed: int | None = None) -> Generator[None]:
     """As `writing`, for weights files too; refuses at once if `needed` bytes are not free.
 
     Raises:
@@ -71,7 +129,7 @@ def write_file(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def sealed_folder(path: Path, *, needed: int | None = None, replace: bool = False) -> Iterator[Path]:
+def sealed_folder(path: Path, *, needed: int | None = None, replace: bool = False) -> Generator[Path]:
     """A temporary folder to fill, which becomes `path` at the end of the block; after an error nothing of it stays.
 
     Arguments:
