@@ -231,8 +231,9 @@ def test_wrong_arguments_are_refused_before_anything_is_read(
         (b"a\tPF1\nb\t\n", "line 2: found"),
         (b"a\tPF1\n", "have 1 families; expected at least two"),
         (b"\xff\xfe\n", "cannot be read as labels"),
-        (gzip.compress(b"a\tPF1\n" * 1000)[:20], "cannot be read as labels"),
+        (gzip.compress(b"a\tPF1\n" * 1000, mtime=0)[:20], "cannot be read as labels"),
     ],
+    ids=["unknown", "no tab", "no family", "one family", "not text", "truncated gzip"],
 )
 def test_labels_that_do_not_fit_are_refused(tmp_path: Path, content: bytes, says: str) -> None:
     source, labels = tmp_path / "x.fasta", tmp_path / "labels.tsv"
