@@ -72,7 +72,11 @@ def test_an_empty_list_of_files_is_refused() -> None:
         read_fasta([])
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\r\n  \n", b"\xef\xbb\xbf", gzip.compress(b""), gzip.compress(b"\n")])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\n\r\n  \n", b"\xef\xbb\xbf", gzip.compress(b""), gzip.compress(b"\n")],
+    ids=["no bytes", "blank lines", "a mark", "packed nothing", "packed blank line"],
+)
 def test_an_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
     assert "is empty; expected FASTA records" in refusal(write(tmp_path, content))
 
