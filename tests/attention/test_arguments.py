@@ -68,6 +68,103 @@ def test_features_of_another_head_size_a_wrong_state_and_an_unknown_backend_are_
         favor_attention(*inputs(), features, backend="fast")
 
 
+def test_a_scale_a_state_and_types_that_make_no_sense_are_named() -> None:
+    features = FavorFeatures(8, 16)
+    for scale in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match="scale="):
+            favor_attention(*inputs(), features, scale=scale)
+    _, state = exact_attention(*inputs(), return_state=True)
+    with pytest.raises(InputError, match="state is a ExactState: expected a FavorState"):
+        favor_attention(*inputs(), features, state=state)  # type: ignore[arg-type]
+    query, key, value = inputs()
+    with pytest.raises(InputError, match="expected one"):
+        exact_attention(query, key, value.half())
+
+
+def test_a_float32_state_serves_float64_queries() -> None:
+    features = FavorFeatures(8, 16)
+    query, key, value = inputs()
+    _, state = favor_attention(query, key, value, features, return_state=True)
+    out = favor_attention(*(x.double() for x in (query, key, value)), features, state=state)
+    assert out.dtype == torch.float64
+
+
+def test_a_function_with_parameters_to_learn_is_refused() -> None:
+    with pytest.raises(InputError, match="freeze them first"):
+        FavorFeatures(8, 16, kernel=torch.nn.PReLU())
+    FavorFeatures(8, 16, kernel=torch.nn.PReLU().requires_grad_(False))
+
+
+@pytest.mark.parametrize("length", [20, 600])
+def test_a_state_may_have_any_strides(length: int) -> None:
+    features = FavorFeatures(8, 16, kernel="relu")
+    first, second = inputs(heads=3, length=length), inputs(heads=3, length=length)
+    _, state = favor_attention(*first, features, is_causal=True, return_state=True)
+    strided = FavorState(*(x.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in state.tensors()))
+    plain = FavorState(*(x.clone().requires_grad_() for x in state.tensors()))
+    found = []
+    for past in (plain, strided):
+        out, after = favor_attention(*second, features, is_causal=True, state=past, return_state=True)
+        (gradient,) = torch.autograd.grad(out.sum() + after.numerator.sum(), past.numerator)
+        found.append((out, after.numerator, gradient))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("kernel", ["softmax", "relu", torch.exp])
+def test_no_finite_padding_or_future_is_so_large_that_it_shows(kernel: Any) -> None:
+    features = FavorFeatures(8, 16, kernel=kernel)
+    query, key, value = inputs(length=300)
+    mask = torch.ones(2, 300, dtype=torch.bool)
+    mask[:, 200:] = False
+    huge = [torch.cat([x[:, :, :200], torch.full_like(x[:, :, 200:], 1e30)], 2) for x in (key, value)]
+    for is_causal in (False, True):
+        for backend in ("chunked", "reference"):
+            out = favor_attention(query, *huge, features, is_causal=is_causal, key_padding_mask=mask, backend=backend)
+            plain = favor_attention(
+                query[:, :, :200], key[:, :, :200], value[:, :, :200], features, is_causal=is_causal
+            )
+            assert torch.allclose(out[:, :, :200], plain, atol=1e-4)
+    if kernel == "softmax":
+        far = torch.cat([key[:, :, :200], torch.full_like(key[:, :, 200:], 3e38)], 2)
+        out = favor_attention(query, far, value, features, is_causal=True)
+        assert torch.equal(out[:, :, :200], favor_attention(query, key, value, features, is_causal=True)[:, :, :200])
+
+
+def test_float16_stays_finite_in_fast_precision() -> None:
+    query, key, value = (x.half() for x in inputs(length=3000))
+    for kernel in ("softmax", "relu"):
+        features = FavorFeatures(8, 16, kernel=kernel, precision="fast")
+        assert favor_attention(query, key, value + 1, features).isfinite().all()
+
+
+def test_features_are_computed_in_float32_under_autocast_and_drawn_on_the_cpu_under_a_default_device() -> None:
+    features = FavorFeatures(8, 16)
+    x = torch.randn(3, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(features(x), features(x).float())
+        under = features(x)
+    assert torch.equal(under, features(x))
+    with torch.device("meta"):
+        features.redraw_(torch.Generator("cpu").manual_seed(3))
+
+
+def test_exact_attention_takes_a_padding_mask_without_a_matrix_of_its_own() -> None:
+    query, key, value = inputs(length=50)
+    mask = torch.ones(2, 50, dtype=torch.bool)
+    mask[0, 30:] = False
+    alone = exact_attention(query[:1], key[:1, :, :30], value[:1, :, :30])
+    assert torch.allclose(exact_attention(query, key, value, key_padding_mask=mask)[:1], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES[::7], ids=str)
+def test_packed_sequences_compile_whole(case: Case) -> None:
+    torch.compiler.reset()
+    mechanism = case.make(8, 16)
+    data, offsets = inputs(batch=1, length=40), torch.tensor([0, 11, 11, 40])
+    run = torch.compile(lambda q, k, v, c: mechanism(q, k, v, cu_seqlens=c), fullgraph=True, backend="aot_eager")
+    assert torch.allclose(run(*data, offsets), mechanism(*data, cu_seqlens=offsets), atol=1e-5)
+
+
 def test_a_refusal_is_a_value_error_too() -> None:
     assert issubclass(InputError, ValueError)
     assert issubclass(InputError, PerformersError)

@@ -17,7 +17,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from performers.data import RESIDUES, Corpus, FastaReport, Record, build_corpus, encode, in_memory_corpus, read_fasta
+from performers.data import (
+    RESIDUES,
+    Contexts,
+    Corpus,
+    FastaReport,
+    Record,
+    build_corpus,
+    encode,
+    in_memory_corpus,
+    read_fasta,
+)
 from performers.errors import CorpusError, DiskFullError, FastaError, InputError, OutputError
 
 FILES = ["corpus.json", "header_offsets.npy", "headers.bin", "offsets.npy", "tokens.bin"]
@@ -420,3 +430,46 @@ def test_a_pickle_among_the_offsets_is_never_executed(tmp_path: Path, inputs: li
     with pytest.raises(CorpusError, match=r"offsets\.npy is missing or damaged"):
         Corpus.open(tmp_path / "corpus")
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_corpus_of_nothing_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bad.fasta"
+    path.write_text(">a\nMK*\n>b\nACJ\n")
+    with pytest.raises(FastaError, match="all 2 records were left out"):
+        build_corpus(path, tmp_path / "corpus", on_invalid="skip")
+    assert not (tmp_path / "corpus").exists()
+    for mode in ("packed", "concatenated"):
+        with pytest.raises(InputError, match="The corpus is empty"):
+            Contexts(in_memory_corpus([("a", "MK")]).subset([]), 16, mode=mode)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("row", "says"), [({"sequence": None}, "has None"), ({"sequence": 3}, "has 3")])
+def test_a_row_of_a_dataset_without_text_is_refused(tmp_path: Path, row: dict[str, object], says: str) -> None:
+    with pytest.raises(CorpusError, match=says):
+        Corpus.from_datasets([row], tmp_path / "corpus")
+
+
+def test_a_dataset_may_number_its_rows(tmp_path: Path) -> None:
+    corpus = Corpus.from_datasets([{"sequence": "MK", "id": 5}, {"sequence": "AC", "id": 0}], tmp_path / "corpus")
+    assert [corpus.name(0), corpus.name(1)] == ["5", "0"]
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"report": 3}', '{"report": {"inputs": [1]}}'])
+def test_a_damaged_note_of_progress_starts_the_build_again(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "a.fasta"
+    path.write_text(">a\nMK\n")
+    building = tmp_path / ".corpus.building"
+    building.mkdir()
+    (building / "progress.json").write_text(content)
+    assert len(build_corpus(path, tmp_path / "corpus")) == 1
+
+
+def test_offsets_that_do_not_rise_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "a.fasta"
+    path.write_text(">a\nMK\n>b\nMKT\n>c\nM\n")
+    build_corpus(path, tmp_path / "corpus")
+    offsets = np.load(tmp_path / "corpus" / "offsets.npy")
+    offsets[1] = 10**9
+    np.save(tmp_path / "corpus" / "offsets.npy", offsets)
+    with pytest.raises(CorpusError, match="offsets do not rise"):
+        Corpus.open(tmp_path / "corpus")

@@ -326,3 +326,12 @@ def test_any_bytes_give_records_or_one_sentence(
         assert records
         assert all(record.sequence.isascii() and record.sequence.isupper() for record in records)
         assert report.records == len(records)
+
+
+def test_a_nul_byte_in_a_header_is_refused(tmp_path: Path) -> None:
+    assert "record 1" in refusal(write(tmp_path, b">a\0b\nMKT\n"))
+
+
+def test_a_name_that_is_no_path_is_refused() -> None:
+    with pytest.raises(FastaError, match="cannot be opened"):
+        read_fasta("x" * 5000)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from performers import (
+    PerformerConfig,
     PerformerForCausalLM,
     PerformerForMaskedLM,
     PerformerForSequenceClassification,
@@ -360,3 +361,43 @@ def test_an_unknown_argument_is_refused(make: Make) -> None:
 def test_packed_rows_are_no_batch_for_sequence_classification(make: Make) -> None:
     with pytest.raises(UnsupportedError, match="one protein per row"):
         make(PerformerForSequenceClassification)(residues(1, 9), cu_seqlens=torch.tensor([0, 9]))
+
+
+def test_the_causal_loss_of_packed_sequences_is_that_of_each_alone() -> None:
+    model = PerformerForCausalLM(PerformerConfig.preset("tiny", num_hidden_layers=1)).eval()
+    lengths = [10, 7, 9]
+    sequences = [torch.randint(4, 24, (1, length)) for length in lengths]
+    ids, offsets = torch.cat(sequences, 1), torch.tensor([0, 10, 17, 26, 26], dtype=torch.int32)
+    with torch.no_grad():
+        packed = model(ids, cu_seqlens=offsets, labels=ids).loss
+        alone = [model(x, labels=x).loss * (x.shape[1] - 1) for x in sequences]
+    torch.testing.assert_close(packed, sum(alone) / sum(length - 1 for length in lengths))
+    empty = torch.zeros(2, 0, dtype=torch.long)
+    assert model(empty, labels=empty).loss == 0
+
+
+def test_positions_that_restart_are_refused_beside_a_mask_too() -> None:
+    model = PerformerModel(PerformerConfig.preset("tiny", num_hidden_layers=1))
+    ids, positions = torch.randint(4, 24, (1, 20)), torch.cat([torch.arange(8), torch.arange(12)])[None]
+    with pytest.raises(InputError, match="position_ids start again"):
+        model(ids, position_ids=positions, attention_mask=torch.ones(1, 20))
+    left = torch.tensor([[0] * 8 + [1] * 12])
+    model(ids, position_ids=positions, attention_mask=left)  # padding has no position
+
+
+def test_the_classification_heads_drop_by_keys_and_count_no_label_as_no_loss() -> None:
+    config = PerformerConfig.preset("tiny", num_hidden_layers=1, hidden_dropout_prob=0.3, num_labels=3)
+    ids, keys = torch.randint(4, 24, (2, 20)), torch.tensor([5, 6])
+    for kind in (PerformerForTokenClassification, PerformerForSequenceClassification):
+        model = kind(config).train()
+        assert torch.equal(model(ids, dropout_keys=keys).logits, model(ids, dropout_keys=keys).logits)
+    nothing = torch.full((2, 20), -100)
+    assert PerformerForTokenClassification(config)(ids, labels=nothing).loss == 0
+    with pytest.raises(InputError, match="dropout_keys"):
+        model(ids, dropout_keys=torch.zeros(0, dtype=torch.long))
+
+
+def test_asking_for_attention_maps_in_the_configuration_is_refused() -> None:
+    model = PerformerModel(PerformerConfig.preset("tiny", num_hidden_layers=1, output_attentions=True))
+    with pytest.raises(UnsupportedError, match="output_attentions"):
+        model(torch.randint(4, 24, (1, 5)))

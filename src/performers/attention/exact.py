@@ -72,9 +72,16 @@ def exact_attention(
         InputError: shapes, types or arguments that do not go together; the message says which.
     """
     check_attention_arguments(query, key, value, key_padding_mask, cu_seqlens, enable_gqa)
+    if not query.dtype == key.dtype == value.dtype and not torch.is_autocast_enabled(query.device.type):
+        raise InputError(f"query, key and value have types {query.dtype}, {key.dtype} and {value.dtype}: expected one.")
     if cu_seqlens is not None:
         if state is not None or return_state:
             raise InputError("a state belongs to one sequence per batch row: it cannot be combined with cu_seqlens.")
+        if torch.compiler.is_compiling():  # a graph cannot hold a loop over lengths that it does not know
+            visible = visible_keys(
+                *[query.shape[2]] * 2, is_causal=is_causal, cu_seqlens=cu_seqlens, device=query.device
+            )
+            return scaled_dot_product_attention(query, *repeat_heads(query, key, value), attn_mask=visible, scale=scale)
         out = [
             _attend(query[:, :, rows], key[:, :, rows], value[:, :, rows], is_causal, None, 0, scale)
             for rows in segments(cu_seqlens, query.shape[2])
@@ -102,6 +109,10 @@ def _attend(
     num_queries, num_keys = query.shape[2], key.shape[2]
     if real is None and (not is_causal or num_queries == num_keys):
         return scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale)
+    if real is not None and not is_causal:
+        some = real.any(-1)[:, None, None, None]
+        out = scaled_dot_product_attention(query, key, value, attn_mask=real[:, None, None, :], scale=scale)
+        return out.masked_fill(~some, 0.0)
     # SDPA's own causal flag aligns top-left and cannot be combined with a mask.
     visible = visible_keys(num_queries, num_keys, is_causal=is_causal, key_padding_mask=real, device=query.device)
     if is_causal and num_queries > num_keys - past:

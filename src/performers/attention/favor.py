@@ -109,7 +109,7 @@ def favor_attention(
         key_padding_mask: (B, Lk) bool, True for a real token. A padded key leaves numerator and denominator.
         cu_seqlens: (N + 1,) int32 or int64, from 0 to L: packed sequences along L (B = 1), each of which sees itself alone.
             Sequences may be empty.
-        state: what `return_state` gave for the tokens before these; every query sees all of it.
+        state: what `return_state` gave for the tokens before these, with the same features; every query sees all of it.
         return_state: also return the state after the last key, for the next call.
         scale: the factor on q.k, 1 / sqrt(D) when None.
         enable_gqa: allow Hkv < H, each key head serving H / Hkv consecutive query heads.
@@ -146,12 +146,15 @@ def favor_attention(
 
 
 def _matching_state(state: FavorState, query: Tensor, value: Tensor, features: FavorFeatures) -> StateTensors:
+    if not isinstance(state, FavorState):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"state is a {type(state).__name__}: expected a FavorState.")
     expected = (query.shape[0], query.shape[1], features.num_features, value.shape[-1])
     if state.numerator.shape != expected:
         raise InputError(
             f"state has shape {tuple(state.numerator.shape)}, expected {expected} (batch, heads, features, value size)."
         )
-    return state.tensors()
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return StateTensors(*(tensor.to(dtype) for tensor in state.tensors()))
 
 
 class FavorAttention(nn.Module):

@@ -14,6 +14,7 @@ There are two families, which the attention kernels treat apart:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +82,10 @@ def _key_of(kernel: str | Pointwise) -> str:
         return kernel
     if not callable(kernel):
         raise InputError(f"kernel={kernel!r} must be a name or an elementwise function of a tensor.")
+    if isinstance(kernel, nn.Module) and any(parameter.requires_grad for parameter in kernel.parameters()):
+        raise InputError(
+            "kernel is a module with parameters to learn, but no gradient reaches them: freeze them first."
+        )
     key = f"callable-{id(kernel)}"
     _CALLABLES[key] = Kernel(kernel)
     return key
@@ -96,7 +101,8 @@ class FavorFeatures(nn.Module):
             proteins), or any elementwise function of the projected token, used as it is.
         projection: "orthogonal", "iid", or None for none at all (u = x).
         seed: of the projection; the same seed gives the same projection everywhere.
-        precision: "accurate" computes in float32 whatever the inputs are; "fast" allows matrix products in the inputs' type.
+        precision: "accurate" computes in float32 whatever the inputs are; "fast" allows matrix products in the inputs' type
+            (not in float16, whose range is too small for sums over keys).
 
     Attributes:
         projection: W, a float32 buffer of shape (M, D), saved in the state_dict. Only `redraw_` changes it.
@@ -120,6 +126,8 @@ class FavorFeatures(nn.Module):
         for name, size in (("head_dim", head_dim), ("num_features", num_features)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise InputError(f"{name}={size!r} must be a positive integer.")
+        if isinstance(seed, bool) or not isinstance(seed, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(f"seed={seed!r} must be an integer.")
         if projection is not None and projection not in PROJECTIONS:
             known = ", ".join(repr(name) for name in PROJECTIONS)
             raise InputError(f"projection={projection!r} is not known: expected one of {known}, or None.")
@@ -132,14 +140,15 @@ class FavorFeatures(nn.Module):
         self.projection_name = projection
         self.seed = seed
         self.precision = precision
-        # Inside a `with torch.device("meta")` block, too, the matrix is drawn for real: it is a pure function of the seed.
         with torch.device("cpu"):
             self.register_buffer("projection", self._draw(torch.Generator().manual_seed(seed)))
 
     def _draw(self, generator: torch.Generator) -> Tensor:
-        if self.projection_name is None:
-            return torch.eye(self.head_dim)
-        return PROJECTIONS[self.projection_name](self.num_features, self.head_dim, generator)
+        # Inside a `with torch.device("meta")` block, too, the matrix is drawn for real.
+        with torch.device("cpu"):
+            if self.projection_name is None:
+                return torch.eye(self.head_dim)
+            return PROJECTIONS[self.projection_name](self.num_features, self.head_dim, generator)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FavorFeatures:
         # `model.to(torch.bfloat16)` must not round W: its rows would lose their orthogonality and their norms.
@@ -165,11 +174,12 @@ class FavorFeatures(nn.Module):
             A tensor of shape (..., M), in float32 at least. The softmax features of far-out tokens overflow here, as the
             kernel itself does; attention never forms them.
         """
-        x = x.to(torch.promote_types(x.dtype, torch.float32)) * attention_scale(scale, self.head_dim) ** 0.5
-        u = x @ self.projection.to(x.dtype).T
         kernel = kernel_of(self.kernel_key)
-        phi = torch.exp(u - x.square().sum(-1, keepdim=True) / 2) if kernel.function is None else kernel.function(u)
-        return phi * self.num_features**-0.5
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(torch.promote_types(x.dtype, torch.float32)) * attention_scale(scale, self.head_dim) ** 0.5
+            u = x @ self.projection.to(x.dtype).T
+            phi = torch.exp(u - x.square().sum(-1, keepdim=True) / 2) if kernel.function is None else kernel.function(u)
+            return phi * self.num_features**-0.5
 
     def extra_repr(self) -> str:
         """What `print(features)` shows."""
@@ -184,5 +194,13 @@ class FavorFeatures(nn.Module):
 
 
 def attention_scale(scale: float | None, head_dim: int) -> float:
-    """The factor on q.k: 1 / sqrt(D) unless given."""
-    return head_dim**-0.5 if scale is None else scale
+    """The factor on q.k: 1 / sqrt(D) unless given.
+
+    Raises:
+        InputError: it is negative or not finite; its square root goes to each of q and k.
+    """
+    if scale is None:
+        return head_dim**-0.5
+    if not 0 <= scale < math.inf:
+        raise InputError(f"scale={scale!r} must be a finite number that is not negative.")
+    return scale

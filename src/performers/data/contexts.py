@@ -87,6 +87,8 @@ class Contexts:
             raise InputError(f"The mode of contexts is {mode!r}; expected 'packed' or 'concatenated'.")
         if length < 3:
             raise InputError(f"The context has {length} tokens; expected at least 3 (bos, a residue, eos).")
+        if not len(corpus):
+            raise InputError("The corpus is empty; expected at least one protein.")
         self.corpus = corpus
         self.length = length
         self.mode = mode

@@ -33,7 +33,7 @@ import numpy.typing as npt
 
 from performers.data.alphabet import ENCODING_TABLE, decode, encode
 from performers.data.fasta import MAX_LENGTH, FastaReport, OnInvalid, Record, Source, locate, read_fasta
-from performers.errors import CorpusError, InputError, MissingExtraError, OutputError
+from performers.errors import CorpusError, FastaError, InputError, MissingExtraError, OutputError
 from performers.folders import building_folder, check_unused, fsync, publish, writing
 
 if TYPE_CHECKING:
@@ -120,6 +120,8 @@ class Corpus:
             for number, row in enumerate(dataset, start=1):
                 if column not in row:
                     raise CorpusError(f"Row {number} has no column {column!r}; expected it among {', '.join(row)}.")
+                if not isinstance(row[column], str | bytes):
+                    raise CorpusError(f"Row {number} has {row[column]!r} in {column!r}; expected residues as text.")
                 try:
                     ids = encode(row[column])
                 except InputError as error:
@@ -276,6 +278,9 @@ def build_corpus(
                 if flushed and progress is not None:
                     progress(builder.report)
             builder.finish_input()
+        if not builder.report.records:
+            names = ", ".join(os.fspath(source) for source in sources)
+            raise FastaError(f"{names}: all {builder.report.skipped:,} records were left out; expected one to remain.")
         builder.finish()
     return Corpus.open(path)
 
@@ -326,11 +331,12 @@ class _Builder:
         """How many of the sources an earlier build has finished and need not be read again."""
         try:
             state: dict[str, Any] = json.loads((self.building / "progress.json").read_text("utf-8"))
-        except (FileNotFoundError, ValueError):
-            state = {}
-        finished = _num_inputs(state)
-        same = finished and state["settings"] == self.settings and _num_same(state, sources) == finished
-        if not same or any(_size(self.building / name) < size for name, size in state["sizes"].items()):
+            finished = _num_inputs(state)
+            same = finished and state["settings"] == self.settings and _num_same(state, sources) == finished
+            usable = same and all(_size(self.building / name) >= size for name, size in state["sizes"].items())
+        except (FileNotFoundError, ValueError, KeyError, AttributeError, TypeError):
+            usable, finished, state = False, 0, {}
+        if not usable:
             self.start_again()
             return 0
         self._sizes = state["sizes"]
@@ -427,8 +433,10 @@ class _Builder:
             fsync(self.building)
 
 
-def _header(name: str | None, description: str | None = None) -> str:
-    header = f"{name or ''} {description}" if description else name or ""
+def _header(name: object, description: object = None) -> str:
+    header = (
+        f"{name if name is not None else ''} {description}" if description else str(name if name is not None else "")
+    )
     return header if header.isprintable() else header.replace("\n", " ").replace("\r", " ")
 
 
@@ -461,6 +469,11 @@ def _open_stream(
         raise CorpusError(
             f"{folder / offsets_name} holds {offsets.dtype} of shape {offsets.shape}; expected int64 offsets of {count} proteins."
         )
+    rising = all(
+        (np.diff(offsets[i : i + _OFFSETS_AT_ONCE + 1]) >= 0).all() for i in range(0, len(offsets), _OFFSETS_AT_ONCE)
+    )
+    if not rising:
+        raise CorpusError(f"{folder / offsets_name} is damaged (offsets do not rise); build the corpus again.")
     if _size(path) != size or offsets[0] != 0 or offsets[-1] != size:
         raise CorpusError(f"{path} holds {_size(path):,} bytes; expected {size}: build the corpus again.")
     if not size:

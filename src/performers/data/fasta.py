@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -348,6 +349,8 @@ class _Reader:
                 raise self._error(self.number, header, self._too_long(f"{len(sequence):,}"))
             if len(header) >= _MAX_HEADER_BYTES:
                 raise self._error(self.number, "", _LONG_HEADER)
+            if "\0" in header:
+                raise self._error(self.number, header.replace("\0", ""), "the header holds a NUL byte; expected text")
             words = header.split(maxsplit=1)
             yield Record(words[0] if words else "", words[1] if len(words) > 1 else "", sequence, self.number)
 
@@ -437,10 +440,14 @@ def locate(source: str) -> Path | None:
             )
         return _SAMPLE_FOLDER / f"{name}.fasta.gz"
     path = Path(source)
-    if path.is_dir():
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError as error:
+        raise FastaError(f"{source} does not exist; expected a FASTA file.") from error
+    except (OSError, ValueError) as error:
+        raise FastaError(f"{_shown(source)} cannot be opened ({error}); expected a FASTA file.") from error
+    if stat.S_ISDIR(mode):
         raise FastaError(f"{source} is a folder; expected a FASTA file.")
-    if not path.exists():
-        raise FastaError(f"{source} does not exist; expected a FASTA file.")
     return path
 
 

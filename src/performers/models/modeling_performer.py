@@ -421,7 +421,7 @@ class PerformerModel(PerformerPreTrainedModel):
             InputError: arguments that contradict each other.
             UnsupportedError: what no Performer can do: attention maps, masks of more than two dimensions.
         """
-        if output_attentions:
+        if self.config.output_attentions if output_attentions is None else output_attentions:
             raise UnsupportedError(
                 "output_attentions: a Performer never forms attention weights, so it cannot return them."
             )
@@ -491,15 +491,17 @@ def _check_inputs(
                 f"attention_mask has shape {tuple(attention_mask.shape)}: expected {(rows, seen + length)}, for {seen} tokens "
                 f"seen before and {length} now."
             )
-    elif (
-        position_ids is not None
-        and cu_seqlens is None
-        and not torch.compiler.is_compiling()
-        and (position_ids[:, 1:] < position_ids[:, :-1]).any()
+    if position_ids is not None and cu_seqlens is None and not torch.compiler.is_compiling():
+        restarts = position_ids[:, 1:] < position_ids[:, :-1]
+        if attention_mask is not None:
+            real = attention_mask[:, seen:].bool()
+            restarts = restarts & real[:, 1:] & real[:, :-1]
+        if restarts.any():
+            # So Hugging Face tells packed sequences apart; here they would see each other.
+            raise InputError("position_ids start again within a row: cu_seqlens is what keeps packed sequences apart.")
+    if dropout_keys is not None and (
+        dropout_keys.ndim != 1 or not len(dropout_keys) or rows * length % len(dropout_keys)
     ):
-        # So Hugging Face tells packed sequences apart; here they would see each other.
-        raise InputError("position_ids start again within a row: cu_seqlens is what keeps packed sequences apart.")
-    if dropout_keys is not None and (dropout_keys.ndim != 1 or rows * length % max(1, len(dropout_keys))):
         raise InputError(
             f"dropout_keys has shape {tuple(dropout_keys.shape)}: expected a row of keys whose number divides the "
             f"{rows * length} tokens of the batch."
@@ -559,7 +561,12 @@ class PerformerLanguageModel(PerformerPreTrainedModel):
         loss = logits = None
         if labels is not None:
             if self.is_causal:
-                labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+                if cu_seqlens is not None:  # nothing comes before the first token of a sequence
+                    first = torch.isin(
+                        torch.arange(labels.shape[1], device=labels.device), cu_seqlens.to(labels.device)
+                    )
+                    labels = labels.masked_fill(first, IGNORED)
+                labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
             loss = self._cross_entropy(hidden, labels, num_items_in_batch)
         if labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -604,7 +611,7 @@ class PerformerForSequenceClassification(PerformerPreTrainedModel):
     def __init__(self, config: PerformerConfig) -> None:
         super().__init__(config)
         self.performer = PerformerModel(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = PerformerDropout(config.hidden_dropout_prob, "classifier")
         self.classifier = nn.Linear(config.hidden_size, config.num_labels or 0)
         self.post_init()
 
@@ -631,7 +638,7 @@ class PerformerForSequenceClassification(PerformerPreTrainedModel):
             torch.ones(hidden.shape[:2], device=hidden.device) if attention_mask is None else attention_mask.float()
         )
         mean = torch.einsum("bl,bld->bd", weights, hidden.float()) / weights.sum(1, keepdim=True).clamp(min=1)
-        logits = self.classifier(self.dropout(mean.to(hidden.dtype)))
+        logits = self.classifier(self.dropout(mean.to(hidden.dtype), inputs.get("dropout_keys")))
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
@@ -644,7 +651,7 @@ class PerformerForTokenClassification(PerformerPreTrainedModel):
     def __init__(self, config: PerformerConfig) -> None:
         super().__init__(config)
         self.performer = PerformerModel(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = PerformerDropout(config.hidden_dropout_prob, "classifier")
         self.classifier = nn.Linear(config.hidden_size, config.num_labels or 0)
         self.post_init()
 
@@ -667,9 +674,11 @@ class PerformerForTokenClassification(PerformerPreTrainedModel):
             num_items_in_batch: what to divide the summed loss by; the number of labels that count when None.
         """
         outputs = self.performer(input_ids, attention_mask, position_ids, cu_seqlens, return_dict=True, **inputs)
-        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        logits = self.classifier(self.dropout(outputs.last_hidden_state, inputs.get("dropout_keys")))
         loss = None
         if labels is not None:
+            if num_items_in_batch is None:
+                num_items_in_batch = (labels != IGNORED).sum().clamp(min=1)
             loss = self.loss_function(logits, labels, self.config, num_items_in_batch=num_items_in_batch)
         return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 

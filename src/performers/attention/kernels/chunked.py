@@ -109,8 +109,14 @@ def _items(query: Tensor, key: Tensor, cu_seqlens: Tensor | None, is_causal: boo
 def _family(projection: Tensor, dtype: torch.dtype, kernel: str, scale: float, fast: bool) -> Exponential | Pointwise:
     sums = compute_dtype(dtype)
     weight = projection.to(sums) * scale**0.5
-    chosen, products = kernel_of(kernel), dtype if fast else sums
+    # Sums over keys pass float16's largest number, 65504.
+    chosen, products = kernel_of(kernel), dtype if fast and dtype != torch.float16 else sums
     return Exponential(weight, scale, products) if chosen.exponential else Pointwise(chosen, weight, products)
+
+
+def _contiguous_like(x: Tensor) -> Tensor:
+    """Room for a result of the shape of x, of which `_Item` can take parts to write to, whatever the strides of x are."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("performers::favor_chunked", mutates_args=())
@@ -131,7 +137,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     out = query.new_zeros(*query.shape[:3], value.shape[-1])
     normaliser = numerator.new_zeros(query.shape[:3] if is_causal else (0,))
-    after = StateTensors(torch.empty_like(numerator), torch.empty_like(denominator), torch.empty_like(log_scale))
+    after = StateTensors(*(_contiguous_like(x) for x in (numerator, denominator, log_scale)))
     with torch.autocast(query.device.type, enabled=False):
         family = _family(projection, query.dtype, kernel, scale, fast)
         for item in _items(query, key, cu_seqlens, is_causal):
@@ -166,9 +172,9 @@ def _(
     return (
         query.new_empty(*query.shape[:3], value.shape[-1]),
         numerator.new_empty(query.shape[:3] if is_causal else (0,)),
-        torch.empty_like(numerator),
-        torch.empty_like(denominator),
-        torch.empty_like(log_scale),
+        _contiguous_like(numerator),
+        _contiguous_like(denominator),
+        _contiguous_like(log_scale),
     )
 
 
@@ -195,8 +201,8 @@ def _backward(
     is_causal: bool,
     fast: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    d_query, d_key, d_value = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
-    d_past = (torch.zeros_like(numerator), torch.zeros_like(denominator))
+    d_query, d_key, d_value = (_contiguous_like(x).zero_() for x in (query, key, value))
+    d_past = (_contiguous_like(numerator).zero_(), _contiguous_like(denominator).zero_())
     with torch.autocast(query.device.type, enabled=False):
         family = _family(projection, query.dtype, kernel, scale, fast)
         for item in _items(query, key, cu_seqlens, is_causal):
@@ -241,8 +247,8 @@ def _(
     is_causal: bool,
     fast: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    d_query, d_key, d_value = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
-    return d_query, d_key, d_value, torch.empty_like(numerator), torch.empty_like(denominator)
+    d_query, d_key, d_value = (_contiguous_like(x) for x in (query, key, value))
+    return d_query, d_key, d_value, _contiguous_like(numerator), _contiguous_like(denominator)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

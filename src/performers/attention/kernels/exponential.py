@@ -86,10 +86,16 @@ class Exponential:
         return self.multiply(q, self.weight.T)
 
     def log_keys(self, k: Tensor, real: Tensor | None) -> Tensor:
-        """b, -inf where a key is padding."""
+        """b, -inf where a key is padding or so far out that |k|^2 overflows."""
         k = k.to(self.weight.dtype)
-        b = self.multiply(k, self.weight.T).sub_(k.square().sum(-1, keepdim=True) * (self.scale / 2))
-        return b if real is None else b.masked_fill_(~real.unsqueeze(-1), -torch.inf)
+        half_norm = k.square().sum(-1, keepdim=True).mul_(self.scale / 2)
+        b = self.multiply(k, self.weight.T).sub_(half_norm)
+        near = half_norm.isfinite()
+        if real is not None:
+            b.masked_fill_(~(near & real.unsqueeze(-1)), -torch.inf)
+        elif not bool(near.all()):
+            b.masked_fill_(~near, -torch.inf)
+        return b
 
     def pull_queries(self, da: Tensor) -> Tensor:
         """The gradient with respect to q, given the one with respect to a."""

@@ -36,21 +36,18 @@ class Pointwise:
         """x @ y, in the type for products, given back in the type for sums."""
         return (x.to(self.product_dtype) @ y.to(self.product_dtype)).to(self.weight.dtype)
 
-    def project(self, x: Tensor) -> Tensor:
-        """u = W x."""
-        return self.multiply(x, self.weight.T)
+    def project(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        """u = W x, zero where a key is padding: whatever stands there, f(u) and f'(u) are finite."""
+        return _masked(self.multiply(x, self.weight.T), real)
 
     def features(self, u: Tensor, real: Tensor | None = None) -> Tensor:
         """f(u), zero where a key is padding."""
         assert self.kernel.function is not None
-        phi = self.kernel.function(u)
-        return phi if real is None else phi * real.unsqueeze(-1)
+        return _masked(self.kernel.function(u), real)
 
     def pull(self, u: Tensor, d_phi: Tensor, real: Tensor | None = None) -> Tensor:
         """The gradient with respect to x, given the one with respect to phi(x)."""
-        if real is not None:
-            d_phi = d_phi * real.unsqueeze(-1)
-        return self.multiply(self.kernel.pull(u, d_phi), self.weight)
+        return self.multiply(self.kernel.pull(u, _masked(d_phi, real)), self.weight)
 
     def absorb(self, phi: Tensor, v: Tensor, state: StateTensors) -> StateTensors:
         """The state after the keys with features phi and values v as well."""
@@ -61,8 +58,8 @@ class Pointwise:
     def absorb_all(self, k: Tensor, v: Tensor, real: Tensor | None, state: StateTensors) -> StateTensors:
         """The state after all keys k."""
         for rows in chunks(k.shape[-2], ROWS):
-            phi = self.features(self.project(k[:, rows]), None if real is None else real[:, rows])
-            state = self.absorb(phi, v[:, rows], state)
+            real_rows = None if real is None else real[:, rows]
+            state = self.absorb(self.features(self.project(k[:, rows], real_rows), real_rows), v[:, rows], state)
         return state
 
     def read(self, phi: Tensor, state: StateTensors) -> tuple[Tensor, Tensor]:
@@ -120,7 +117,8 @@ class Pointwise:
         for rows in chunks(q.shape[-2] - early, CAUSAL_ROWS):
             queries, keys = shifted(rows, early), shifted(rows, prefix)
             phi_q = self.features(self.project(q[:, queries]))
-            phi_k = self.features(self.project(k[:, keys]), None if real is None else real[:, keys])
+            real_keys = None if real is None else real[:, keys]
+            phi_k = self.features(self.project(k[:, keys], real_keys), real_keys)
             numerator, denominator = self.read(phi_q, state)
             weights = self.multiply(phi_q, phi_k.mT).tril_()
             denominator = denominator + weights.sum(-1, keepdim=True)
@@ -162,7 +160,7 @@ class Pointwise:
         for rows in chunks(q.shape[-2] - early, CAUSAL_ROWS):
             queries, keys = shifted(rows, early), shifted(rows, prefix)
             real_keys = None if real is None else real[:, keys]
-            u_q, u_k = self.project(q[:, queries]), self.project(k[:, keys])
+            u_q, u_k = self.project(q[:, queries]), self.project(k[:, keys], real_keys)
             phi_q, phi_k = self.features(u_q), self.features(u_k, real_keys)
             d_num = d_out[:, queries].to(u_q.dtype) / denominators[:, queries]
             d_phi = self.multiply(d_num, state.numerator.mT)
@@ -206,6 +204,11 @@ class Pointwise:
     ) -> tuple[Tensor, Tensor]:
         """The gradients of keys and values that went into the state."""
         real = None if real is None else real[:, rows]
-        u = self.project(k[:, rows])
+        u = self.project(k[:, rows], real)
         d_phi = self.multiply(v[:, rows], reverse[0].mT) + reverse[1].unsqueeze(-2)
         return self.pull(u, d_phi, real), self.multiply(self.features(u, real), reverse[0])
+
+
+def _masked(x: Tensor, real: Tensor | None) -> Tensor:
+    """x (G, L, .) with zeros in the rows of padding."""
+    return x if real is None else x.masked_fill(~real.unsqueeze(-1), 0.0)

@@ -60,9 +60,10 @@ def _pointwise(
     past: StateTensors,
 ) -> tuple[Tensor, StateTensors]:
     assert f is not None
-    phi_q, phi_k = f(q @ w.T), f(k @ w.T)
+    u = k @ w.T
+    phi_q, phi_k = f(q @ w.T), f(u if real is None else u.masked_fill(~real, 0.0))
     if real is not None:
-        phi_k = phi_k * real
+        phi_k = phi_k.masked_fill(~real, 0.0)
     weights = (phi_q @ phi_k.mT) * visible
     numerator = weights @ v + phi_q @ past.numerator
     denominator = weights.sum(-1) + (phi_q @ past.denominator.unsqueeze(-1)).squeeze(-1)
