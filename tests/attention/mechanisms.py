@@ -75,11 +75,20 @@ def favor(name: str, positive: bool = True, **arguments: Any) -> Case:
 CASES = [
     favor("softmax", kernel="softmax"),
     favor("softmax-iid", kernel="softmax", projection="iid"),
+    favor("softmax-hyperbolic", kernel="softmax-hyperbolic"),
+    favor("softmax-reg", kernel="softmax-reg"),
+    favor("exp", kernel="exp"),
     favor("relu", kernel="relu"),
     favor("relu-iid", kernel="relu", projection="iid"),
     favor("relu-unprojected", kernel="relu", projection=None),
+    favor("elu", kernel="elu"),
+    favor("gelu", kernel="gelu", positive=False),
+    favor("sigmoid", kernel="sigmoid"),
+    favor("tanh", kernel="tanh", positive=False),
+    favor("abs", kernel="abs"),
+    favor("cos", kernel="cos", positive=False),
+    favor("identity", kernel="identity", positive=False),
     favor("callable", kernel=torch.nn.functional.softplus),
-    favor("callable-signed", kernel=torch.tanh, positive=False),
     Case("exact", lambda head_dim, _: ExactAttention(head_dim), exact_oracle, has_features=False),
 ]
 POSITIVE_CASES = [case for case in CASES if case.positive]

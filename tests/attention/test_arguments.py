@@ -32,7 +32,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES[::7], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[-1]], ids=str)
 @pytest.mark.parametrize(("arguments", "words"), REFUSED)
 def test_an_argument_that_does_not_fit_is_named(case: Case, arguments: dict[str, Any], words: str) -> None:
     query, key, value = inputs()
@@ -40,7 +40,7 @@ def test_an_argument_that_does_not_fit_is_named(case: Case, arguments: dict[str,
         case.make(8, 16)(**{"query": query, "key": key, "value": value, **arguments})
 
 
-@pytest.mark.parametrize("case", CASES[::7], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[-1]], ids=str)
 def test_padding_and_packing_do_not_combine(case: Case) -> None:
     offsets, mask = torch.tensor([0, 10]), torch.ones(1, 10, dtype=torch.bool)
     with pytest.raises(InputError, match="cannot be combined"):
@@ -156,7 +156,7 @@ def test_exact_attention_takes_a_padding_mask_without_a_matrix_of_its_own() -> N
     assert torch.allclose(exact_attention(query, key, value, key_padding_mask=mask)[:1], alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", CASES[::7], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[-1]], ids=str)
 def test_packed_sequences_compile_whole(case: Case) -> None:
     torch.compiler.reset()
     mechanism = case.make(8, 16)

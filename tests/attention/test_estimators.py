@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -36,10 +37,13 @@ PAIRS = [(0.5, 0.3), (0.9, 1.2), (0.9, 2.8)]  # |x + y|^2 <= 4
 
 
 @pytest.mark.parametrize("projection", ["orthogonal", "iid"])
+@pytest.mark.parametrize("kernel", ["softmax", "softmax-hyperbolic"])
 @pytest.mark.parametrize(("norm", "angle"), PAIRS)
-def test_softmax_features_estimate_the_kernel_without_bias(norm: float, angle: float, projection: str) -> None:
+def test_softmax_features_estimate_the_kernel_without_bias(
+    norm: float, angle: float, kernel: str, projection: str
+) -> None:
     x, y = pair(norm, angle)
-    found = estimates(x, y, 16, "softmax", projection)
+    found = estimates(x, y, 16, kernel, projection)
     standard_error = found.std() / DRAWS**0.5
     assert abs(found.mean() - torch.exp(x @ y)) < 4 * standard_error
 
@@ -56,13 +60,72 @@ def test_relu_features_estimate_the_arc_cosine_kernel_without_bias(norm: float, 
     assert abs(found.mean() - expected) < 4 * found.std() / DRAWS**0.5
 
 
+def _expectation(kernel: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """E f(w.x) f(w.y) for w ~ N(0, I), from the closed form."""
+    squares, product = (x @ x + y @ y) / 2, x @ y
+    if kernel == "exp":
+        return torch.exp(squares + product)
+    if kernel == "cos":
+        return torch.exp(-squares) * torch.cosh(product)
+    if kernel == "identity":
+        return product
+    angle = torch.arccos(product / (x.norm() * y.norm()))
+    if kernel == "abs":
+        return 2 / math.pi * x.norm() * y.norm() * (torch.sin(angle) + (math.pi / 2 - angle) * torch.cos(angle))
+    raise AssertionError(kernel)
+
+
+@pytest.mark.parametrize("projection", ["orthogonal", "iid"])
+@pytest.mark.parametrize("kernel", ["exp", "cos", "identity", "abs"])
 @pytest.mark.parametrize(("norm", "angle"), PAIRS)
-def test_variance_of_iid_softmax_features_is_lemma_2s(norm: float, angle: float) -> None:
+def test_generalised_features_estimate_their_closed_forms_without_bias(
+    norm: float, angle: float, kernel: str, projection: str
+) -> None:
+    x, y = pair(norm, angle)
+    found = estimates(x, y, 16, kernel, projection)
+    assert abs(found.mean() - _expectation(kernel, x, y)) < 4 * found.std() / DRAWS**0.5
+
+
+@pytest.mark.parametrize(
+    ("kernel", "function"),
+    [
+        ("sigmoid", torch.sigmoid),
+        ("tanh", torch.tanh),
+        ("gelu", torch.nn.functional.gelu),
+        ("elu", lambda u: torch.nn.functional.elu(u) + 1),
+    ],
+)
+def test_named_kernels_are_their_functions(kernel: str, function: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(5, 8)
+    named, given = FavorFeatures(8, 16, kernel=kernel), FavorFeatures(8, 16, kernel=function)
+    assert torch.equal(named(x), given(x))
+
+
+@pytest.mark.parametrize("projection", ["orthogonal", "iid"])
+def test_regularised_rows_have_one_norm_and_a_smaller_kernel_than_softmax(projection: str) -> None:
+    features = FavorFeatures(8, 20, kernel="softmax-reg", projection=projection)
+    torch.testing.assert_close(features.projection.norm(dim=1), torch.full((20,), 8**0.5))
+    for norm, angle in PAIRS:
+        x, y = pair(norm, angle)
+        found = estimates(x, y, 16, "softmax-reg", projection)
+        # 2009.14794, Theorem 1: SMREG <= SM, and close to it; E exp(sqrt(d) w.z) over the sphere is a Bessel function.
+        z = (x + y).norm() * 8**0.5
+        terms = [(z / 2) ** (2 * n) * math.gamma(4) / (math.factorial(n) * math.gamma(n + 4)) for n in range(30)]
+        expected = torch.exp(-(x @ x + y @ y) / 2) * torch.stack(terms).sum()
+        assert expected < torch.exp(x @ y)
+        assert abs(found.mean() - expected) < 4 * found.std() / DRAWS**0.5
+
+
+@pytest.mark.parametrize("kernel", ["softmax", "softmax-hyperbolic"])
+@pytest.mark.parametrize(("norm", "angle"), PAIRS)
+def test_variance_of_iid_softmax_features_is_lemma_2s(norm: float, angle: float, kernel: str) -> None:
     x, y = pair(norm, angle)
     num_features = 8
-    squares = (estimates(x, y, num_features, "softmax", "iid", 20_000) - torch.exp(x @ y)).square()
+    squares = (estimates(x, y, num_features, kernel, "iid", 20_000) - torch.exp(x @ y)).square()
     z = (x + y).square().sum()
     expected = torch.exp(z) * torch.exp(2 * x @ y) * (1 - torch.exp(-z)) / num_features  # 2009.14794, Lemma 2
+    if kernel == "softmax-hyperbolic":
+        expected *= (1 - torch.exp(-z)) / 2
     assert abs(squares.mean() - expected) < 4 * squares.std() / len(squares) ** 0.5
 
 

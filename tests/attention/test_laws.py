@@ -263,7 +263,7 @@ def test_a_reordered_state_serves_the_reordered_batch(case: Case) -> None:
     direct = mechanism(*last, is_causal=True, state=state.reorder(order))
     whole = mechanism(*(x[order] for x in (q, k, v)), is_causal=True)[:, :, 40:]
     kappa = condition(case, mechanism, q[order], k[order], is_causal=True)[:, :, 40:].unsqueeze(-1)
-    assert_close(direct / kappa, whole.double() / kappa, 1e-5, "output after reordering")
+    assert_close(direct / kappa, whole.double() / kappa, 1e-5 if case.positive else 1e-4, "output after reordering")
 
 
 # At a scale s the exponents reach s^2 sqrt(D): float32 rounds them to about 1e-4 at 20.

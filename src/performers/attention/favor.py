@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from performers.attention.arguments import check_attention_arguments, repeat_heads
-from performers.attention.features import FavorFeatures, Pointwise, attention_scale, kernel_of
+from performers.attention.features import FavorFeatures, Pointwise, attention_scale
 from performers.attention.kernels import StateTensors, choose_backend
 from performers.errors import InputError
 
@@ -148,7 +148,7 @@ def favor_attention(
 def _matching_state(state: FavorState, query: Tensor, value: Tensor, features: FavorFeatures) -> StateTensors:
     if not isinstance(state, FavorState):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"state is a {type(state).__name__}: expected a FavorState.")
-    expected = (query.shape[0], query.shape[1], features.num_features, value.shape[-1])
+    expected = (query.shape[0], query.shape[1], features.size, value.shape[-1])
     if state.numerator.shape != expected:
         raise InputError(
             f"state has shape {tuple(state.numerator.shape)}, expected {expected} (batch, heads, features, value size)."
@@ -220,4 +220,4 @@ class FavorAttention(nn.Module):
     @property
     def redraws_by_default(self) -> bool:
         """Whether training gains from redrawing: it does for estimates of the softmax kernel (2009.14794, appendix D.2)."""
-        return kernel_of(self.features.kernel_key).exponential
+        return str(self.features.kernel).startswith("softmax")

@@ -7,8 +7,8 @@ tokens (scales, maxima, sums) belongs to the attention kernels.
 
 There are two families, which the attention kernels treat apart:
 
-- exponential: phi(x) = exp(W x - |x|^2 / 2) / sqrt(M), the positive features of the softmax kernel (2009.14794, Lemma 1). Its
-  range is enormous, so it is only ever combined in the log domain.
+- exponential: phi(x) = exp(W x - |x|^2 / 2) / sqrt(M), the positive features of the softmax kernel (2009.14794, Lemma 1), and its
+  relatives. Their range is enormous, so they are only ever combined in the log domain.
 - pointwise: phi(x) = f(W x) / sqrt(M) for any elementwise f, generalised attention (2009.14794, section 2.2).
 """
 
@@ -38,10 +38,16 @@ class Kernel:
     Attributes:
         function: f of the pointwise family, or None for the exponential family.
         derivative: f'(u) as a function of u; None lets autograd find it.
+        norm: of the exponential family, how many times |x|^2 / 2 is subtracted from u.
+        both_signs: of the exponential family, whether exp(-u) is a feature as well, which makes 2M of M rows.
+        row_norm: the norm of every row of W relative to sqrt(D); None leaves the rows as they are drawn.
     """
 
     function: Pointwise | None = None
     derivative: Pointwise | None = None
+    norm: float = 1.0
+    both_signs: bool = False
+    row_norm: float | None = None
 
     @property
     def exponential(self) -> bool:
@@ -61,8 +67,18 @@ def _relu(u: Tensor) -> Tensor:
 
 
 KERNELS: dict[str, Kernel] = {
-    "softmax": Kernel(),
+    "softmax": Kernel(),  # SM+, FAVOR+
+    "softmax-hyperbolic": Kernel(both_signs=True),  # SMhyp+, 2009.14794, Lemma 1
+    "softmax-reg": Kernel(row_norm=1.0),  # SMREG, 2009.14794, section 2.4 (Theorem 1)
+    "exp": Kernel(norm=0.0),
     "relu": Kernel(_relu, lambda u: (u > 0).to(u.dtype)),
+    "elu": Kernel(lambda u: nn.functional.elu(u) + 1, lambda u: torch.exp(u.clamp(max=0))),
+    "gelu": Kernel(nn.functional.gelu),
+    "sigmoid": Kernel(torch.sigmoid),
+    "tanh": Kernel(torch.tanh),
+    "abs": Kernel(torch.abs, torch.sign),
+    "cos": Kernel(torch.cos),
+    "identity": Kernel(lambda u: u, torch.ones_like),
 }
 
 # An operator's arguments are tensors, numbers and strings: a user's own function travels as its key in this table.
@@ -97,8 +113,10 @@ class FavorFeatures(nn.Module):
     Arguments:
         head_dim: D, the size of a query or key of one head.
         num_features: M, the number of random projections; more is more precise. Without a projection M is D.
-        kernel: "softmax" (positive features of exp(q.k / sqrt(D)), FAVOR+), "relu" (relu(u) + 1e-3, the paper's best on
-            proteins), or any elementwise function of the projected token, used as it is.
+        kernel: of the softmax kernel exp(q.k / sqrt(D)): "softmax" (positive features, FAVOR+), "softmax-hyperbolic" (2M features
+            of M rows, less variance) or "softmax-reg" (rows of norm sqrt(D): a little biased, less variance). Of other kernels:
+            "relu" (relu(u) + 1e-3, the paper's best on proteins), "elu" (elu(u) + 1), "exp", "gelu", "sigmoid", "tanh", "abs",
+            "cos", "identity", or any elementwise function of the projected token u, used as it is.
         projection: "orthogonal", "iid", or None for none at all (u = x).
         seed: of the projection; the same seed gives the same projection everywhere.
         precision: "accurate" computes in float32 whatever the inputs are; "fast" allows matrix products in the inputs' type
@@ -106,6 +124,7 @@ class FavorFeatures(nn.Module):
 
     Attributes:
         projection: W, a float32 buffer of shape (M, D), saved in the state_dict. Only `redraw_` changes it.
+        size: the number of features of a token, M, or 2M for "softmax-hyperbolic".
 
     Raises:
         InputError: an unknown kernel, projection or precision, or a size that is not a positive integer.
@@ -148,7 +167,16 @@ class FavorFeatures(nn.Module):
         with torch.device("cpu"):
             if self.projection_name is None:
                 return torch.eye(self.head_dim)
-            return PROJECTIONS[self.projection_name](self.num_features, self.head_dim, generator)
+            rows = PROJECTIONS[self.projection_name](self.num_features, self.head_dim, generator)
+            row_norm = kernel_of(self.kernel_key).row_norm
+            if row_norm is None:
+                return rows
+            return nn.functional.normalize(rows.double(), dim=1).mul(row_norm * self.head_dim**0.5).float()
+
+    @property
+    def size(self) -> int:
+        """The number of features of a token."""
+        return self.num_features * (2 if kernel_of(self.kernel_key).both_signs else 1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FavorFeatures:
         # `model.to(torch.bfloat16)` must not round W: its rows would lose their orthogonality and their norms.
@@ -171,15 +199,18 @@ class FavorFeatures(nn.Module):
             scale: of q.k; 1 / sqrt(D) when None. Each of q and k is multiplied by its square root.
 
         Returns:
-            A tensor of shape (..., M), in float32 at least. The softmax features of far-out tokens overflow here, as the
+            A tensor of shape (..., `size`), in float32 at least. The softmax features of far-out tokens overflow here, as the
             kernel itself does; attention never forms them.
         """
         kernel = kernel_of(self.kernel_key)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32)) * attention_scale(scale, self.head_dim) ** 0.5
-            u = x @ self.projection.to(x.dtype).T
-            phi = torch.exp(u - x.square().sum(-1, keepdim=True) / 2) if kernel.function is None else kernel.function(u)
-            return phi * self.num_features**-0.5
+            u = x @ feature_rows(self.projection, kernel).to(x.dtype).T
+            if kernel.function is None:
+                phi = torch.exp(u - x.square().sum(-1, keepdim=True) * (kernel.norm / 2))
+            else:
+                phi = kernel.function(u)
+            return phi * self.size**-0.5
 
     def extra_repr(self) -> str:
         """What `print(features)` shows."""
@@ -191,6 +222,11 @@ class FavorFeatures(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.kernel_key = _key_of(self.kernel)
+
+
+def feature_rows(projection: Tensor, kernel: Kernel) -> Tensor:
+    """The rows that a token is multiplied with, one per feature, given those of the projection, (M, D)."""
+    return torch.cat([projection, -projection]) if kernel.both_signs else projection
 
 
 def attention_scale(scale: float | None, head_dim: int) -> float:

@@ -88,7 +88,9 @@ class PretrainConfig(BaseModel):
     attention: Names | None = Field(
         None, description="One mechanism, or one per layer with commas: favor, exact. [favor]"
     )
-    kernel: str | None = Field(None, description="Kernel of the favor layers: relu, softmax. [relu]")
+    kernel: str | None = Field(
+        None, description="Kernel of the favor layers: relu, softmax, elu, ... (see FavorFeatures). [relu]"
+    )
     num_features: int | None = Field(None, ge=1, description="Random features of the favor layers. [256]")
     projection: str | None = Field(None, description="Projection of the favor layers: orthogonal, iid. [orthogonal]")
     architecture: dict[str, Any] = Field({}, description="Further keys of PerformerConfig, e.g. hidden_size=256.")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from performers.attention.arguments import segments
-from performers.attention.features import FavorFeatures, kernel_of
+from performers.attention.features import FavorFeatures, feature_rows, kernel_of
 from performers.attention.kernels.exponential import Exponential
 from performers.attention.kernels.pointwise import Pointwise
 from performers.attention.kernels.state import CAUSAL_ROWS, ROWS, StateTensors, compute_dtype
@@ -42,7 +42,7 @@ def chunked(
     if state is None:
         dtype, exponential = compute_dtype(query.dtype), kernel_of(features.kernel_key).exponential
         like = torch.empty((), dtype=dtype, device=query.device)
-        state = StateTensors.empty(query.shape[:2], features.num_features, value.shape[-1], exponential, like)
+        state = StateTensors.empty(query.shape[:2], features.size, value.shape[-1], exponential, like)
     out, _, *after = _forward(
         query,
         key,
@@ -108,10 +108,13 @@ def _items(query: Tensor, key: Tensor, cu_seqlens: Tensor | None, is_causal: boo
 
 def _family(projection: Tensor, dtype: torch.dtype, kernel: str, scale: float, fast: bool) -> Exponential | Pointwise:
     sums = compute_dtype(dtype)
-    weight = projection.to(sums) * scale**0.5
+    chosen = kernel_of(kernel)
+    weight = feature_rows(projection, chosen).to(sums) * scale**0.5
     # Sums over keys pass float16's largest number, 65504.
-    chosen, products = kernel_of(kernel), dtype if fast and dtype != torch.float16 else sums
-    return Exponential(weight, scale, products) if chosen.exponential else Pointwise(chosen, weight, products)
+    products = dtype if fast and dtype != torch.float16 else sums
+    if chosen.exponential:
+        return Exponential(weight, scale * chosen.norm, products)
+    return Pointwise(chosen, weight, products)
 
 
 def _contiguous_like(x: Tensor) -> Tensor:

@@ -70,13 +70,13 @@ class Exponential:
     """The features of one call, and the four passes over them.
 
     Attributes:
-        weight: (M, D), the projection times the square root of the scale.
-        scale: the factor on q.k.
+        weight: (M, D), the rows of the features times the square root of the scale.
+        norm: the factor on |k|^2 / 2.
         product_dtype: the type in which matrix products are taken.
     """
 
     weight: Tensor
-    scale: float
+    norm: float
     product_dtype: torch.dtype
 
     exponential = True
@@ -88,7 +88,7 @@ class Exponential:
     def log_keys(self, k: Tensor, real: Tensor | None) -> Tensor:
         """b, -inf where a key is padding or so far out that |k|^2 overflows."""
         k = k.to(self.weight.dtype)
-        half_norm = k.square().sum(-1, keepdim=True).mul_(self.scale / 2)
+        half_norm = k.square().sum(-1, keepdim=True).mul_(self.norm / 2)
         b = self.multiply(k, self.weight.T).sub_(half_norm)
         near = half_norm.isfinite()
         if real is not None:
@@ -103,7 +103,7 @@ class Exponential:
 
     def pull_keys(self, db: Tensor, k: Tensor) -> Tensor:
         """The gradient with respect to k, given the one with respect to b."""
-        return self.multiply(db, self.weight) - k * (db.sum(-1, keepdim=True) * self.scale)
+        return self.multiply(db, self.weight) - k * (db.sum(-1, keepdim=True) * self.norm)
 
     def multiply(self, x: Tensor, y: Tensor) -> Tensor:
         """x @ y, in the type for products, given back in the type for sums."""

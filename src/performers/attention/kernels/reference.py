@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from performers.attention.features import FavorFeatures, Pointwise, kernel_of
+from performers.attention.features import FavorFeatures, Kernel, feature_rows, kernel_of
 from performers.attention.kernels.state import StateTensors, compute_dtype, finite, guarded
 from performers.attention.visibility import visible_keys
 
@@ -38,19 +38,19 @@ def reference(
             device=q.device,
         )
         if state is None:
-            past = StateTensors.empty(q.shape[:2], features.num_features, v.shape[-1], kernel.exponential, q)
+            past = StateTensors.empty(q.shape[:2], features.size, v.shape[-1], kernel.exponential, q)
         else:
             past = StateTensors(*(tensor.double() for tensor in state))
-        w = features.projection.double()
+        w = feature_rows(features.projection, kernel).double()
         real = None if key_padding_mask is None else key_padding_mask[:, None, :, None]
         attend = _exponential if kernel.exponential else _pointwise
-        out, after = attend(kernel.function, q, k, v, w, visible, real, past)
+        out, after = attend(kernel, q, k, v, w, visible, real, past)
     kept = compute_dtype(query.dtype)
     return out.to(query.dtype), StateTensors(*(tensor.to(kept) for tensor in after))
 
 
 def _pointwise(
-    f: Pointwise | None,
+    kernel: Kernel,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -59,6 +59,7 @@ def _pointwise(
     real: Tensor | None,
     past: StateTensors,
 ) -> tuple[Tensor, StateTensors]:
+    f = kernel.function
     assert f is not None
     u = k @ w.T
     phi_q, phi_k = f(q @ w.T), f(u if real is None else u.masked_fill(~real, 0.0))
@@ -72,7 +73,7 @@ def _pointwise(
 
 
 def _exponential(
-    f: Pointwise | None,
+    kernel: Kernel,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -81,8 +82,8 @@ def _exponential(
     real: Tensor | None,
     past: StateTensors,
 ) -> tuple[Tensor, StateTensors]:
-    a = q @ w.T - q.square().sum(-1, keepdim=True) / 2  # (B, H, Lq, M) log phi(q)
-    b = k @ w.T - k.square().sum(-1, keepdim=True) / 2  # (B, H, Lk, M) log phi(k)
+    a = q @ w.T - q.square().sum(-1, keepdim=True) * (kernel.norm / 2)  # (B, H, Lq, M) log phi(q)
+    b = k @ w.T - k.square().sum(-1, keepdim=True) * (kernel.norm / 2)  # (B, H, Lk, M) log phi(k)
     if real is not None:
         b = b.masked_fill(~real, -torch.inf)
     peak_a, peak_b = a.detach().amax(-1, keepdim=True), finite(b.detach().amax(-1, keepdim=True))
