@@ -37,7 +37,9 @@ Output = Annotated[str, typer.Option("--output", "-o", help="The output folder; 
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout, and nothing else there.")]
 Device = Annotated[str, typer.Option(help="auto (cuda, then mps, then cpu), or one by name.")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(help="Precision of the forward pass.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="as torch finds them")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=1024, help="CPU threads.", show_default="as many as there are cores")
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 MaxLength = Annotated[int, typer.Option(min=1, help="Residues; a longer record is refused, never cut.")]
 OnInvalid = Annotated[
@@ -165,7 +167,10 @@ def _key_and_value(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator:
         raise ConfigError(f"--architecture {text!r}: expected KEY=VALUE, as in hidden_size=256.")
-    return key.strip(), yaml.safe_load(value)
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--architecture {text!r}: expected a value as in YAML, e.g. hidden_size=256.") from None
 
 
 @app.command()
@@ -220,13 +225,13 @@ def evaluate(
         f"{figures['proteins']:,} proteins, {figures['tokens']:,} residues scored ({how}); 95 % bootstrap intervals over proteins"
     )
     _table(
-        ["", "accuracy", "perplexity"],
+        ["", "accuracy (more is better)", "perplexity (less is better)"],
         [
             ["model", _with_interval(figures, "accuracy", 4), _with_interval(figures, "perplexity", 3)],
             ["unigram", f"{figures['baseline_accuracy']:.4f}", f"{figures['baseline_perplexity']:.3f}"],
             [
-                "difference",
-                _with_interval(figures, "accuracy_gain", 4),
+                "model against unigram",
+                "+ " + _with_interval(figures, "accuracy_gain", 4),
                 "x " + _with_interval(figures, "perplexity_ratio", 4),
             ],
         ],
@@ -263,6 +268,7 @@ def split(
     Example: performers split -i proteins.fasta -o sets --by family --labels families.tsv
     """
     from performers.data import split_records
+    from performers.folders import check_unused
     from performers.training.runs import RunRecord
 
     try:
@@ -270,9 +276,9 @@ def split(
     except ValueError:
         raise InputError(f"fractions={fractions!r}: expected three numbers with commas, as in 0.9,0.05,0.05.") from None
     settings: dict[str, Any] = {"by": by, "labels": labels, "identity": identity, "ood_fraction": ood_fraction}
-    with RunRecord(
-        Path(output), "split", arguments={**settings, "fractions": fractions}, seed=seed, device="cpu"
-    ) as record:
+    check_unused(Path(output))
+    arguments = {**settings, "fractions": fractions}
+    with RunRecord(Path(output), "split", arguments=arguments, seed=seed, device="cpu", announce=False) as record:
         result = split_records(
             input,
             output,

@@ -285,6 +285,15 @@ def build_corpus(
     return Corpus.open(path)
 
 
+def is_corpus_of(
+    inputs: Source | Sequence[Source], folder: str | os.PathLike[str], *, max_length: int, on_invalid: OnInvalid
+) -> bool:
+    """Whether a folder holds the corpus that `build_corpus` would build of these files as they are now."""
+    sources = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
+    settings: dict[str, Any] = {"max_length": max_length, "on_invalid": on_invalid}
+    return (Path(folder) / "corpus.json").exists() and _is_built_from(_read_metadata(Path(folder)), settings, sources)
+
+
 class _Builder:
     """A corpus under construction, in a folder beside its final name."""
 

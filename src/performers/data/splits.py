@@ -17,6 +17,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -289,7 +290,7 @@ def _check_arguments(
         raise InputError("A split by family needs a file of labels, and only a split by family takes one.")
     if not 0 < identity <= 1:
         raise InputError(f"The identity is {identity}; expected a fraction above 0 and up to 1, such as 0.5.")
-    if len(fractions) != 3 or min(fractions) < 0 or not fractions[0] > 0 or abs(sum(fractions) - 1) > 1e-6:
+    if len(fractions) != 3 or min(fractions) < 0 or not fractions[0] > 0 or not abs(sum(fractions) - 1) <= 1e-6:
         raise InputError(
             f"The fractions are {fractions}; expected those of train, validation and test, which sum to 1."
         )
@@ -319,7 +320,7 @@ def _read_labels(path: Path, corpus: Corpus) -> dict[int, frozenset[str]]:
                     )
                 for index in indices.get(columns[0], ()):
                     families[index].add(columns[1])
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"{path} cannot be read as labels: {error}.") from error
     if not families:
         raise InputError(

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from performers.data import VOCAB_SIZE
 from performers.errors import CheckpointError, PerformersError
 from performers.folders import MANIFEST, sealed_folder, verify_folder
 from performers.training.pretraining import (
@@ -138,12 +139,18 @@ def open_model(path: str | Path, objective: str | None = None) -> Any:
                 pass
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{file} is damaged or hostile: {error}.") from None
+    _check_is_ours(folder)
     objective = objective or _saved_objective(folder)
     auto: Any = transformers.AutoModelForCausalLM if objective == "clm" else transformers.AutoModelForMaskedLM
     try:
         with _without_bars():
             model, report = auto.from_pretrained(
-                folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+                folder,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                output_loading_info=True,
             )
     except PerformersError:
         raise
@@ -177,6 +184,21 @@ def _without_bars() -> Iterator[None]:
     finally:
         if enabled:
             logging.enable_progress_bar()
+
+
+def _check_is_ours(folder: Path) -> None:
+    """Refuses other models before Hugging Face looks at them: they may bring code, and do not know our tokens."""
+    try:
+        config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind, vocabulary = config["model_type"], config.get("vocab_size", VOCAB_SIZE)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{folder / 'config.json'}: expected JSON whose 'model_type' is performer.") from None
+    if kind != "performer":
+        raise CheckpointError(f"{folder} holds a model of type {kind!r}: expected a Performer.")
+    if vocabulary != VOCAB_SIZE:
+        raise CheckpointError(
+            f"{folder} has a vocabulary of {vocabulary!r} tokens: expected the {VOCAB_SIZE} of residues."
+        )
 
 
 def _saved_objective(folder: Path) -> str:

@@ -70,7 +70,7 @@ class PretrainConfig(BaseModel):
     )
 
     objective: Literal["mlm", "clm"] = Field("mlm", description="Masked or causal (next-residue) language modelling.")
-    context: int = Field(1024, ge=4, description="Tokens in one context.")
+    context: int = Field(1024, ge=4, le=2**31 - 1, description="Tokens in one context.")
     contexts: Literal["packed", "concatenated"] = Field(
         "packed",
         description="Proteins isolated in a context, or joined and read together (the paper's 8,192 experiment).",
@@ -81,7 +81,9 @@ class PretrainConfig(BaseModel):
     )
     mask_proportion: Number = Field(0.15, gt=0, lt=1, description="Share of the residues that are chosen.")
 
-    preset: str | None = Field(None, description="Size of the model; 'small' unless --init-from gives one.")
+    preset: str | None = Field(
+        None, description="Size of the model: tiny, small, base, paper-regular, paper-trembl. [small]"
+    )
     init_from: str | None = Field(
         None, description="A model folder whose weights and architecture the run starts from."
     )
@@ -97,8 +99,8 @@ class PretrainConfig(BaseModel):
     dropout: Number | None = Field(None, ge=0, lt=1, description="Probability to drop an element. [as the preset says]")
     gradient_checkpointing: bool = Field(False, description="Recompute layers in the backward pass to save memory.")
 
-    steps: int = Field(10_000, ge=1, description="Optimizer steps.")
-    batch_size: int = Field(8, ge=1, description="Contexts in one optimizer step, over all processes.")
+    steps: int = Field(10_000, ge=1, le=2**40, description="Optimizer steps.")
+    batch_size: int = Field(8, ge=1, le=2**24, description="Contexts in one optimizer step, over all processes.")
     micro_batch_size: int | None = Field(
         None, ge=1, description="Contexts in one forward pass of one process; gradients accumulate. [all at once]"
     )
@@ -133,7 +135,7 @@ class PretrainConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Precision of the forward pass: bfloat16 is autocast. [bfloat16 on cuda, else float32]"
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads. [as torch finds them]")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads. [as torch finds them]")
     compile: bool = Field(False, description="Run the model through torch.compile.")
 
     @model_validator(mode="after")
@@ -154,9 +156,14 @@ class PretrainConfig(BaseModel):
 
     @classmethod
     def for_run(cls, values: Mapping[str, Any]) -> Self:
-        """As `parse`; keys that are not given are those of the run that the output folder holds, if it holds one."""
-        saved = Path(str(values.get("output", ""))) / RUN_CONFIG
-        return cls.parse({**read_config(saved), **values} if saved.is_file() else values)
+        """As `parse`; keys that are not given are those of the run that the output folder holds, if it holds one.
+
+        A run that has not come to its first checkpoint is begun anew by other settings; it lends its own only to a call that
+        gives none.
+        """
+        run = Path(str(values.get("output", "")))
+        inherits = any((run / "checkpoints").glob("step-*")) or FREE_ON_RESUME.issuperset(values)
+        return cls.parse({**read_config(run / RUN_CONFIG), **values} if inherits and _holds_run(run) else values)
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Self:
@@ -193,6 +200,10 @@ class PretrainConfig(BaseModel):
     def to_yaml(self) -> str:
         """All keys as YAML, which `read_config` reads back to an equal configuration."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def _holds_run(run: Path) -> bool:
+    return (run / RUN_CONFIG).is_file()
 
 
 RUN_CONFIG = "config.yaml"

@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -22,18 +22,25 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from performers.data import Contexts, mask_tokens, next_token_labels
-from performers.errors import ConfigError, NonFiniteError
+from performers.data import VOCAB_SIZE, Contexts, mask_tokens, next_token_labels
+from performers.errors import ConfigError, NonFiniteError, RunError
 from performers.folders import room_for
 from performers.randomness import derive_seed
-from performers.training.checkpoint import load_optimizer, open_model, save_checkpoint, save_model, weights_files
+from performers.training.checkpoint import (
+    find_model,
+    load_optimizer,
+    open_model,
+    save_checkpoint,
+    save_model,
+    weights_files,
+)
 from performers.training.configuration import PretrainConfig
 from performers.training.distributed import World, autocast, choose_dtype, join_world, use_threads
 from performers.training.evaluation import Evaluation, evaluate
 from performers.training.plots import plot_loss
 from performers.training.pretraining import LOG, PretrainResult, Progress, RunFolder, checkpoint_path, join_run
 from performers.training.progress import ProgressDisplay
-from performers.training.runs import RunRecord
+from performers.training.runs import RunRecord, describe_file
 
 _DEFAULT_REDRAW_INTERVAL = 1000
 
@@ -60,7 +67,7 @@ def train(config: PretrainConfig, folder: RunFolder | None) -> PretrainResult:
             arguments=config.model_dump(),
             seed=config.seed,
             device=str(world.device),
-            inputs=folder.corpus.metadata["report"]["inputs"],
+            inputs=[*folder.corpus.metadata["report"]["inputs"], *_initial_weights(config)],
         )
         if world.is_main:
             stack.enter_context(record)
@@ -113,8 +120,9 @@ def _take_steps(config: PretrainConfig, folder: RunFolder, world: World, model: 
             for group in optimizer.param_groups:
                 group["lr"] = rate
 
-            examples = micro_batches(config, contexts, step, world)
-            loss = accumulate_gradients(forward, examples, world, dtype)
+            with _explained(step + 1, saved):
+                examples = micro_batches(config, contexts, step, world)
+                loss = accumulate_gradients(forward, examples, world, dtype)
             world.sum_gradients_(model.parameters())
             norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
             # Every process learns of the loss and of the signals of all, so they stop at the same step.
@@ -248,6 +256,8 @@ def new_model(config: PretrainConfig) -> Any:
     if config.dropout is not None:
         values["hidden_dropout_prob"] = config.dropout
     architecture = PerformerConfig.preset(config.preset or "small", **{**values, **config.architecture})
+    if architecture.vocab_size != VOCAB_SIZE:
+        raise ConfigError(f"vocab_size={architecture.vocab_size}: expected the {VOCAB_SIZE} tokens of residues.")
     torch.manual_seed(derive_seed(config.seed, "initialization"))
     return (PerformerForCausalLM if config.objective == "clm" else PerformerForMaskedLM)(architecture)
 
@@ -257,6 +267,13 @@ def _heading(config: PretrainConfig) -> str:
         return "Next-residue prediction"
     # Kept residues are easy to name, so the two losses are comparable only where the schemes are the same.
     return f"Masked residues: scheme {config.scheme} in training, mask in evaluation"
+
+
+def _initial_weights(config: PretrainConfig) -> list[dict[str, Any]]:
+    """The weights files that a run began from, as far as they are still there when it goes on."""
+    if config.init_from is None or not Path(config.init_from).exists():
+        return []
+    return [describe_file(file) for file in weights_files(find_model(config.init_from))]
 
 
 def _tokenizer(config: PretrainConfig) -> Any:
@@ -282,6 +299,30 @@ def _redraw_interval(config: PretrainConfig, model: Any) -> int:
     if config.redraw_every is not None:
         return config.redraw_every
     return _DEFAULT_REDRAW_INTERVAL if model.redraws_by_default else 0
+
+
+@contextlib.contextmanager
+def _explained(step: int, saved: Path | None) -> Generator[None]:
+    """Says in a sentence what a user can do about memory or a compiler that is not there.
+
+    Raises:
+        RunError: a step does not fit into memory, or cannot be compiled.
+    """
+    kept = f"the last checkpoint is {saved}" if saved else "there is no checkpoint yet"
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            raise RunError(
+                f"The model cannot be compiled ({str(error).splitlines()[0]}); --compile needs a C++ compiler, leave it out "
+                "where there is none."
+            ) from error
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        raise RunError(
+            f"Step {step} does not fit into memory; {kept}. A smaller --micro-batch-size or --context needs less, and so does "
+            "--gradient-checkpointing."
+        ) from error
 
 
 def _non_finite(model: torch.nn.Module, loss: float, step: int, saved: Path | None) -> NonFiniteError:

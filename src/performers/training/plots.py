@@ -17,10 +17,13 @@ def plot_loss(log: Path, picture: Path, title: str) -> None:
     """
     from matplotlib.figure import Figure
 
-    entries: list[dict[str, Any]] = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    entries: list[dict[str, Any]] = [json.loads(line) for line in lines]
     training = [(entry["step"], entry["loss"]) for entry in entries if "learning_rate" in entry]
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
+    if not training:
+        return  # the log has been removed: there is nothing to draw
     axes.plot(*zip(*training, strict=True), color="#9aa5b1", linewidth=0.8, label="training, each step")
     window = max(1, len(training) // 50)
     if window > 1:

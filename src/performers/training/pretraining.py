@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from performers.data import Corpus, FastaReport, build_corpus, in_memory_corpus, read_fasta
+from performers.data import Corpus, FastaReport, build_corpus, in_memory_corpus, is_corpus_of, read_fasta
 from performers.errors import CheckpointError, ConfigError, OutputError
 from performers.folders import claim_output, remove_leftovers, temporary_name, verify_folder, write_file, writing
 from performers.randomness import derive_seed
@@ -56,7 +57,7 @@ class PretrainResult:
         model: the model folder in it.
         steps: optimizer steps taken.
         tokens: tokens of context read.
-        loss: the training loss of the last step.
+        loss: the training loss of the last step; NaN if the log has been removed.
         evaluations: the last figures of the "validation" and "ood" sets that were given.
     """
 
@@ -70,13 +71,14 @@ class PretrainResult:
     @classmethod
     def read(cls, run: Path, progress: Progress) -> Self:
         """What the folder of a finished run says."""
-        entries = [json.loads(line) for line in (run / LOG).read_text(encoding="utf-8").splitlines()]
+        lines = (run / LOG).read_text(encoding="utf-8").splitlines() if (run / LOG).is_file() else []
+        entries = [json.loads(line) for line in lines]
         return cls(
             output=run,
             model=run / "model",
             steps=progress.step,
             tokens=progress.tokens,
-            loss=next(entry["loss"] for entry in reversed(entries) if "learning_rate" in entry),
+            loss=next((entry["loss"] for entry in reversed(entries) if "learning_rate" in entry), math.nan),
             evaluations={entry["evaluation"]: entry for entry in entries if "evaluation" in entry},
         )
 
@@ -138,6 +140,8 @@ def hold_run(config: PretrainConfig, *, resume: bool, resume_from: str | None) -
     begun = (run / RUN_CONFIG).is_file()
     if begun and not resume:
         raise OutputError(f"{run} holds a run already; give a new folder, or let it go on.")
+    if resume_from is not None and not begun:
+        raise ConfigError(f"resume_from={resume_from!r}: {run} holds no run to go on with.")
     evaluation_sets = _evaluation_sets(config)
     if not begun:
         if not _is_corpus(config):
@@ -218,7 +222,8 @@ def _starting_point(run: Path, config: PretrainConfig, resume_from: str | None) 
     ]
     if differing:
         raise ConfigError(
-            f"{run} holds a run with other settings: {', '.join(differing)}; give a new folder, or its settings."
+            f"{run} holds a run with other settings: {', '.join(differing)}; give its settings, or a new folder "
+            f"(with --init-from {run / 'model'} to go on from its weights)."
         )
     return checkpoints[-1]
 
@@ -234,7 +239,9 @@ def _prepare(run: Path, config: PretrainConfig, step: int) -> None:
     if step == 0 and (run / RUN_CONFIG).is_file():
         # A run without a checkpoint has nothing to lose, and may begin anew with another input.
         began = read_config(run / RUN_CONFIG)
-        if any(began.get(key) != getattr(config, key) for key in ("input", "max_length", "on_invalid")):
+        settings: dict[str, Any] = {"max_length": config.max_length, "on_invalid": config.on_invalid}
+        same = "-" in config.input or is_corpus_of(config.input, run / "corpus", **settings)
+        if not same or any(began.get(key) != value for key, value in {"input": config.input, **settings}.items()):
             shutil.rmtree(run / "corpus", ignore_errors=True)
     if not (run / RUN_CONFIG).is_file() or (run / RUN_CONFIG).read_text(encoding="utf-8") != config.to_yaml():
         write_file(run / RUN_CONFIG, config.to_yaml())

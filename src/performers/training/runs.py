@@ -63,6 +63,7 @@ class RunRecord:
         seed: the seed of everything random, or None where nothing is.
         device: the device the work runs on.
         inputs: what was read, one `describe_file` each; may be given later by `inputs`.
+        announce: write the record when the work begins and when it fails, too; False where the folder is not yet the command's.
     """
 
     def __init__(
@@ -74,8 +75,10 @@ class RunRecord:
         seed: int | None,
         device: str,
         inputs: Iterable[dict[str, Any]] = (),
+        announce: bool = True,
     ) -> None:
         self._path = folder / "run.json"
+        self._announce = announce
         self._content: dict[str, Any] = {
             "command": command,
             "arguments": arguments,
@@ -84,7 +87,7 @@ class RunRecord:
             "inputs": list(inputs),
             "weights": [],
             "results": {},
-            "sessions": self._earlier_sessions(),
+            "sessions": self._earlier_sessions(command),
         }
         self._session: dict[str, Any] = {
             "command_line": sys.argv,
@@ -96,9 +99,11 @@ class RunRecord:
             "status": "running",
         }
 
-    def _earlier_sessions(self) -> list[dict[str, Any]]:
-        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
-            return json.loads(self._path.read_text(encoding="utf-8"))["sessions"]
+    def _earlier_sessions(self, command: str) -> list[dict[str, Any]]:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            record = json.loads(self._path.read_text(encoding="utf-8"))
+            if record["command"] == command and isinstance(record["sessions"], list):
+                return record["sessions"]
         return []
 
     def inputs(self, files: Iterable[dict[str, Any]]) -> None:
@@ -116,7 +121,8 @@ class RunRecord:
     def __enter__(self) -> Self:
         self._started = time.monotonic()
         self._tracker = _energy_tracker()
-        self._write()
+        if self._announce:
+            self._write()
         return self
 
     def __exit__(
@@ -128,7 +134,8 @@ class RunRecord:
             self._tracker.stop()
             self._session["energy_kwh"] = self._tracker.final_emissions_data.energy_consumed
             self._session["carbon_kg"] = self._tracker.final_emissions_data.emissions
-        self._write()
+        if self._announce or kind is None:
+            self._write()
 
     def _write(self) -> None:
         if not self._path.parent.is_dir():
