@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from performers.attention.arguments import check_attention_arguments, repeat_heads
 from performers.attention.features import FavorFeatures, Pointwise, attention_scale
 from performers.attention.kernels import StateTensors, choose_backend
+from performers.attention.kernels.state import compute_dtype
 from performers.errors import InputError
 
 
@@ -153,8 +154,7 @@ def _matching_state(state: FavorState, query: Tensor, value: Tensor, features: F
         raise InputError(
             f"state has shape {tuple(state.numerator.shape)}, expected {expected} (batch, heads, features, value size)."
         )
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    return StateTensors(*(tensor.to(dtype) for tensor in state.tensors()))
+    return StateTensors(*(tensor.to(compute_dtype(query.dtype)) for tensor in state.tensors()))
 
 
 class FavorAttention(nn.Module):

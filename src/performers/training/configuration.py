@@ -163,7 +163,8 @@ class PretrainConfig(BaseModel):
         """
         run = Path(str(values.get("output", "")))
         inherits = any((run / "checkpoints").glob("step-*")) or FREE_ON_RESUME.issuperset(values)
-        return cls.parse({**read_config(run / RUN_CONFIG), **values} if inherits and _holds_run(run) else values)
+        saved = run / RUN_CONFIG
+        return cls.parse({**read_config(saved), **values} if inherits and saved.is_file() else values)
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Self:
@@ -200,10 +201,6 @@ class PretrainConfig(BaseModel):
     def to_yaml(self) -> str:
         """All keys as YAML, which `read_config` reads back to an equal configuration."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
-
-
-def _holds_run(run: Path) -> bool:
-    return (run / RUN_CONFIG).is_file()
 
 
 RUN_CONFIG = "config.yaml"

@@ -326,8 +326,9 @@ class Exponential:
         d_phi = self.multiply(rows.d_o, state.numerator.mT)
         rows.slope.copy_((phi * d_phi).sum(-1, keepdim=True))
         own = None
+        later = None if keys is None else _later(rows.a)
         if keys is not None:
-            own = self._products(rows, keys, _later(rows.a))
+            own = self._products(rows, keys, later)
             if own is not None:
                 rows.slope.add_((own.weights * own.slopes).sum(-1, keepdim=True))
             else:
@@ -336,7 +337,7 @@ class Exponential:
         rows.d_a.copy_(d_phi.sub_(rows.slope * state.denominator.unsqueeze(-2)).mul_(phi))
         if keys is not None:
             if own is not None:
-                self._add_products(rows, keys, own, _later(rows.a))
+                self._add_products(rows, keys, own, later)
             else:
                 self._halved_backward(rows, keys)
 
