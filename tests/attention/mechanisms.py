@@ -77,6 +77,7 @@ CASES = [
     favor("softmax-iid", kernel="softmax", projection="iid"),
     favor("softmax-hyperbolic", kernel="softmax-hyperbolic"),
     favor("softmax-reg", kernel="softmax-reg"),
+    favor("softmax-trig", kernel="softmax-trig", positive=False),
     favor("exp", kernel="exp"),
     favor("relu", kernel="relu"),
     favor("relu-iid", kernel="relu", projection="iid"),

@@ -408,8 +408,9 @@ def test_the_operators_keep_torchs_contract(kernel: str, is_causal: bool) -> Non
     features = FavorFeatures(8, 6, kernel=kernel)
     q, k, v = (torch.randn(2, 2, 5, 8).requires_grad_() for _ in range(3))
     state = [torch.zeros(2, 2, 6, 8), torch.zeros(2, 2, 6), torch.full((2, 2, 6), -torch.inf)]
-    arguments = (q, k, v, features.projection, *state, None, None, kernel, 0.35, is_causal, False)
-    torch.library.opcheck(torch.ops.performers.favor_chunked, arguments)
+    rows = features.rows(q, k, 0.35, is_causal=is_causal)
+    arguments = (q, k, v, *rows, *state, None, None, kernel, is_causal, False, "chunked")
+    torch.library.opcheck(torch.ops.performers.favor, arguments)
 
 
 def test_mechanisms_have_one_interface() -> None:

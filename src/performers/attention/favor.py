@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from performers.attention.arguments import check_attention_arguments, repeat_heads
 from performers.attention.features import FavorFeatures, Pointwise, attention_scale
-from performers.attention.kernels import StateTensors, choose_backend
+from performers.attention.kernels import StateTensors, attend, check_backend
 from performers.attention.kernels.state import compute_dtype
 from performers.errors import InputError
 
@@ -114,7 +114,8 @@ def favor_attention(
         return_state: also return the state after the last key, for the next call.
         scale: the factor on q.k, 1 / sqrt(D) when None.
         enable_gqa: allow Hkv < H, each key head serving H / Hkv consecutive query heads.
-        backend: "auto", "reference" (quadratic, in float64: the oracle) or "chunked" (linear, any device).
+        backend: "auto" takes the first that can compute this of "triton" (GPUs), "native" (C++ for the CPU, compiled on first
+            use) and "chunked" (PyTorch, any device and kernel); "reference" is the oracle, quadratic and in float64.
 
     Returns:
         (B, H, Lq, Dv) in the query's type; with `return_state` a pair of it and a `FavorState`. A query with nothing to
@@ -131,8 +132,9 @@ def favor_attention(
     if cu_seqlens is not None and (state is not None or return_state):
         raise InputError("a state belongs to one sequence per batch row: it cannot be combined with cu_seqlens.")
     key, value = repeat_heads(query, key, value)
+    check_backend(backend)
     past = _matching_state(state, query, value, features) if state is not None else None
-    out, after = choose_backend(backend)(
+    out, after = attend(
         query,
         key,
         value,
@@ -142,6 +144,8 @@ def favor_attention(
         key_padding_mask=key_padding_mask,
         cu_seqlens=cu_seqlens,
         state=past,
+        streaming=state is not None or return_state,
+        backend=backend,
     )
     return (out, FavorState(*after)) if return_state else out
 
@@ -179,7 +183,7 @@ class FavorAttention(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        choose_backend(backend)
+        check_backend(backend)
         self.features = FavorFeatures(head_dim, num_features, kernel, projection, seed, precision)
         self.backend = backend
 

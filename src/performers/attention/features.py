@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,22 @@ Pointwise = Callable[[Tensor], Tensor]
 RELU_EPSILON = 1e-3
 
 
+class FeatureRows(NamedTuple):
+    """What the attention kernels multiply tokens with: one form for all estimators, with the scale of q.k folded in.
+
+    exponential:  log phi_m(q) = queries_m . q      log phi_m(k) = keys_m . k + bias_m + t(k)
+    pointwise:    phi(q) = f(queries q)             phi(k) = f(keys k), times exp(t(k)) if the kernel is `weighted`
+
+    with t(k) = -1/2 sum_d metric_d k_d^2, a token's log weight. A query's own weight cancels in attention and is left out.
+    All are float32 (float64 for float64 inputs); Bf is 1 or B, Hf is 1 or H: shared, or per sequence and head.
+    """
+
+    queries: Tensor  # (Bf, Hf, M', D)
+    keys: Tensor  # (Bf, Hf, M', D)
+    metric: Tensor  # (Bf, Hf, D)
+    bias: Tensor  # (Bf, Hf, `size`)
+
+
 @dataclass(frozen=True)
 class Kernel:
     """How phi is computed from the projected token u = W x.
@@ -38,8 +54,10 @@ class Kernel:
     Attributes:
         function: f of the pointwise family, or None for the exponential family.
         derivative: f'(u) as a function of u; None lets autograd find it.
-        norm: of the exponential family, how many times |x|^2 / 2 is subtracted from u.
+        norm: how many times |x|^2 / 2 is subtracted from the log feature.
         both_signs: of the exponential family, whether exp(-u) is a feature as well, which makes 2M of M rows.
+        doubles: of the pointwise family, whether f makes 2M features of M projections, joined along the last dimension.
+        weighted: of the pointwise family, whether a token's features are multiplied by exp(-norm |x|^2 / 2).
         row_norm: the norm of every row of W relative to sqrt(D); None leaves the rows as they are drawn.
     """
 
@@ -47,6 +65,8 @@ class Kernel:
     derivative: Pointwise | None = None
     norm: float = 1.0
     both_signs: bool = False
+    doubles: bool = False
+    weighted: bool = False
     row_norm: float | None = None
 
     @property
@@ -54,11 +74,17 @@ class Kernel:
         """Whether the features are exponentials, to be combined in the log domain."""
         return self.function is None
 
+    @property
+    def scaled(self) -> bool:
+        """Whether features are sums at a log scale of their own: the exponential ones, and those with token weights."""
+        return self.exponential or self.weighted
+
     def pull(self, u: Tensor, gradient: Tensor) -> Tensor:
         """The gradient with respect to u, given the one with respect to f(u), of a pointwise kernel."""
         assert self.function is not None
         if self.derivative is not None:
-            return gradient * self.derivative(u)
+            pulled = gradient * self.derivative(u)
+            return pulled[..., : u.shape[-1]] + pulled[..., u.shape[-1] :] if self.doubles else pulled
         return torch.func.vjp(self.function, u)[1](gradient)[0]
 
 
@@ -66,10 +92,19 @@ def _relu(u: Tensor) -> Tensor:
     return torch.relu(u) + RELU_EPSILON
 
 
+def _cos_sin(u: Tensor) -> Tensor:
+    return torch.cat([torch.cos(u), torch.sin(u)], -1)
+
+
+def _cos_sin_derivative(u: Tensor) -> Tensor:
+    return torch.cat([-torch.sin(u), torch.cos(u)], -1)
+
+
 KERNELS: dict[str, Kernel] = {
     "softmax": Kernel(),  # SM+, FAVOR+
     "softmax-hyperbolic": Kernel(both_signs=True),  # SMhyp+, 2009.14794, Lemma 1
     "softmax-reg": Kernel(row_norm=1.0),  # SMREG, 2009.14794, section 2.4 (Theorem 1)
+    "softmax-trig": Kernel(_cos_sin, _cos_sin_derivative, norm=-1.0, doubles=True, weighted=True),  # FAVOR, 2006.03555
     "exp": Kernel(norm=0.0),
     "relu": Kernel(_relu, lambda u: (u > 0).to(u.dtype)),
     "elu": Kernel(lambda u: nn.functional.elu(u) + 1, lambda u: torch.exp(u.clamp(max=0))),
@@ -176,7 +211,8 @@ class FavorFeatures(nn.Module):
     @property
     def size(self) -> int:
         """The number of features of a token."""
-        return self.num_features * (2 if kernel_of(self.kernel_key).both_signs else 1)
+        kernel = kernel_of(self.kernel_key)
+        return self.num_features * (2 if kernel.both_signs or kernel.doubles else 1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FavorFeatures:
         # `model.to(torch.bfloat16)` must not round W: its rows would lose their orthogonality and their norms.
@@ -190,6 +226,26 @@ class FavorFeatures(nn.Module):
         """Draw a new projection, in place, from a CPU generator. Nothing else ever changes it."""
         with torch.no_grad():
             self.projection.copy_(self._draw(generator))
+
+    def rows(
+        self,
+        query: Tensor,
+        key: Tensor,
+        scale: float,
+        *,
+        is_causal: bool,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        streaming: bool = False,
+    ) -> FeatureRows:
+        """The features in the form that the attention kernels take."""
+        kernel = kernel_of(self.kernel_key)
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        with torch.autocast(query.device.type, enabled=False):
+            rows = feature_rows(self.projection, kernel).to(query.device, dtype)[None, None] * scale**0.5
+            norm = kernel.norm if kernel.exponential or kernel.weighted else 0.0
+            metric = rows.new_full((1, 1, self.head_dim), scale * norm)
+            return FeatureRows(rows, rows, metric, rows.new_zeros(1, 1, self.size))
 
     def forward(self, x: Tensor, scale: float | None = None) -> Tensor:
         """phi(x), whose products phi(q).phi(k) estimate the kernel without bias.
@@ -206,11 +262,11 @@ class FavorFeatures(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32)) * attention_scale(scale, self.head_dim) ** 0.5
             u = x @ feature_rows(self.projection, kernel).to(x.dtype).T
+            log_weight = x.square().sum(-1, keepdim=True) * (-kernel.norm / 2)
             if kernel.function is None:
-                phi = torch.exp(u - x.square().sum(-1, keepdim=True) * (kernel.norm / 2))
-            else:
-                phi = kernel.function(u)
-            return phi * self.size**-0.5
+                return torch.exp(u + log_weight) * self.size**-0.5
+            phi = kernel.function(u) * self.num_features**-0.5
+            return phi * torch.exp(log_weight) if kernel.weighted else phi
 
     def extra_repr(self) -> str:
         """What `print(features)` shows."""

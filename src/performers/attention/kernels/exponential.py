@@ -16,12 +16,12 @@ d_out . out: read from an output that was rounded to 16 bits, it would spoil gra
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from performers.attention.kernels.projected import Projected
 from performers.attention.kernels.state import CAUSAL_ROWS, ROWS, StateTensors, chunks, finite, guarded, shifted
 
 BLOCK_ROWS = 8  # at which halving stops and every product of features is formed
@@ -65,49 +65,22 @@ class _Products(NamedTuple):
     slopes: Tensor  # (G, C, C)  d_o . v
 
 
-@dataclass
-class Exponential:
-    """The features of one call, and the four passes over them.
-
-    Attributes:
-        weight: (M, D), the rows of the features times the square root of the scale.
-        norm: the factor on |k|^2 / 2.
-        product_dtype: the type in which matrix products are taken.
-    """
-
-    weight: Tensor
-    norm: float
-    product_dtype: torch.dtype
-
-    exponential = True
+class Exponential(Projected):
+    """The exponential features of one group of heads, and the four passes over them."""
 
     def log_queries(self, q: Tensor) -> Tensor:
         """a without -|q|^2 / 2, which cancels between numerator and denominator."""
-        return self.multiply(q, self.weight.T)
+        return self.project_queries(q)
 
     def log_keys(self, k: Tensor, real: Tensor | None) -> Tensor:
         """b, -inf where a key is padding or so far out that |k|^2 overflows."""
-        k = k.to(self.weight.dtype)
-        half_norm = k.square().sum(-1, keepdim=True).mul_(self.norm / 2)
-        b = self.multiply(k, self.weight.T).sub_(half_norm)
-        near = half_norm.isfinite()
-        if real is not None:
-            b.masked_fill_(~(near & real.unsqueeze(-1)), -torch.inf)
-        elif not bool(near.all()):
-            b.masked_fill_(~near, -torch.inf)
-        return b
-
-    def pull_queries(self, da: Tensor) -> Tensor:
-        """The gradient with respect to q, given the one with respect to a."""
-        return self.multiply(da, self.weight)
-
-    def pull_keys(self, db: Tensor, k: Tensor) -> Tensor:
-        """The gradient with respect to k, given the one with respect to b."""
-        return self.multiply(db, self.weight) - k * (db.sum(-1, keepdim=True) * self.norm)
-
-    def multiply(self, x: Tensor, y: Tensor) -> Tensor:
-        """x @ y, in the type for products, given back in the type for sums."""
-        return (x.to(self.product_dtype) @ y.to(self.product_dtype)).to(self.weight.dtype)
+        log_weights = self.log_weights(k, real)
+        b = self.project_keys(k).add_(log_weights)
+        if self.biased:
+            b.add_(self.rows.bias)
+        nothing = log_weights == -torch.inf
+        # A far-out key's products overflow as well, and inf - inf is not a number.
+        return b.masked_fill_(nothing, -torch.inf) if bool(nothing.any()) else b
 
     def absorb(self, b: Tensor, v: Tensor, state: StateTensors) -> StateTensors:
         """The state after the keys b and values v as well."""
@@ -125,7 +98,7 @@ class Exponential:
         """The state after all keys k."""
         for rows in chunks(k.shape[-2], ROWS):
             b = self.log_keys(k[:, rows], None if real is None else real[:, rows])
-            state = self.absorb(b, v[:, rows].to(self.weight.dtype), state)
+            state = self.absorb(b, v[:, rows].to(self.rows.queries.dtype), state)
         return state
 
     def read(self, a: Tensor, state: StateTensors) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,7 +149,7 @@ class Exponential:
             d_numerator = d_numerator + self.multiply(phi.mT, d_o)
             d_denominator = d_denominator - (phi.mT @ slope).squeeze(-1)
             d_phi.sub_(slope * after.denominator.unsqueeze(-2))
-            d_q[:, rows] = self.pull_queries(d_phi.mul_(phi))
+            d_q[:, rows] = self.pull_queries(d_phi.mul_(phi), q[:, rows])
         reverse = StateTensors(d_numerator, d_denominator, -shift.squeeze(-2))
         for rows in chunks(k.shape[-2], ROWS):
             b = self.log_keys(k[:, rows], None if real is None else real[:, rows])
@@ -291,7 +264,7 @@ class Exponential:
         for rows in chunks(early, ROWS):
             queries = rows_at(rows)
             self._rows_backward(queries, None, state)
-            d_q[:, rows] = self.pull_queries(queries.d_a)
+            d_q[:, rows] = self.pull_queries(queries.d_a, q[:, rows])
         for rows in chunks(q.shape[-2] - early, CAUSAL_ROWS):
             at_queries, at_keys = shifted(rows, early), shifted(rows, prefix)
             b = self.log_keys(k[:, at_keys], None if real is None else real[:, at_keys])
@@ -299,8 +272,8 @@ class Exponential:
             queries = rows_at(at_queries)
             keys = _Keys(b, values, torch.zeros_like(b), torch.zeros_like(values))
             self._rows_backward(queries, keys, state)
-            d_q[:, at_queries] = self.pull_queries(queries.d_a)
-            d_k[:, at_keys] = self.pull_keys(keys.d_b, k[:, at_keys])
+            d_q[:, at_queries] = self.pull_queries(queries.d_a, q[:, at_queries])
+            d_k[:, at_keys] = self._pull_keys(keys.d_b, k[:, at_keys])
             d_v[:, at_keys] = keys.d_v
             state = self.absorb(b, values, state)
 
@@ -341,11 +314,14 @@ class Exponential:
             else:
                 self._halved_backward(rows, keys)
 
+    def _pull_keys(self, d_b: Tensor, k: Tensor) -> Tensor:
+        return self.pull_keys(d_b, k, d_b.sum(-1, keepdim=True))
+
     def _pull_reverse(self, b: Tensor, k: Tensor, v: Tensor, reverse: StateTensors) -> tuple[Tensor, Tensor]:
         """The gradients of keys and values, from the queries collected in `reverse`. Overwrites b."""
         phi = b.add_(reverse.log_scale.unsqueeze(-2)).exp_()
         d_phi = self.multiply(v, reverse.numerator.mT).add_(reverse.denominator.unsqueeze(-2))
-        return self.pull_keys(d_phi.mul_(phi), k), self.multiply(phi, reverse.numerator)
+        return self._pull_keys(d_phi.mul_(phi), k), self.multiply(phi, reverse.numerator)
 
     def _collect(self, rows: _Rows, reverse: StateTensors) -> StateTensors:
         """The gradients that reach earlier keys, with these rows' added."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from performers.attention.features import FavorFeatures, Kernel, feature_rows, kernel_of
+from performers.attention.features import FeatureRows, Kernel
 from performers.attention.kernels.state import StateTensors, compute_dtype, finite, guarded
 from performers.attention.visibility import visible_keys
 
@@ -17,18 +17,18 @@ def reference(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    features: FavorFeatures,
+    rows: FeatureRows,
+    state: StateTensors,
     *,
-    scale: float,
-    is_causal: bool,
     key_padding_mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    state: StateTensors | None,
+    kernel: Kernel,
+    is_causal: bool,
 ) -> tuple[Tensor, StateTensors]:
-    """The output (B, H, Lq, Dv) and the state after the last key; arguments as in `favor_attention`."""
-    kernel = kernel_of(features.kernel_key)
+    """The output (B, H, Lq, Dv) and the state after the last key."""
     with torch.autocast(query.device.type, enabled=False):
-        q, k, v = (x.double() * factor for x, factor in ((query, scale**0.5), (key, scale**0.5), (value, 1.0)))
+        q, k, v = query.double(), key.double(), value.double()
+        rows, past = FeatureRows(*(x.double() for x in rows)), StateTensors(*(x.double() for x in state))
         visible = visible_keys(
             q.shape[-2],
             k.shape[-2],
@@ -37,53 +37,61 @@ def reference(
             cu_seqlens=cu_seqlens,
             device=q.device,
         )
-        if state is None:
-            past = StateTensors.empty(q.shape[:2], features.size, v.shape[-1], kernel.exponential, q)
-        else:
-            past = StateTensors(*(tensor.double() for tensor in state))
-        w = feature_rows(features.projection, kernel).double()
         real = None if key_padding_mask is None else key_padding_mask[:, None, :, None]
-        attend = _exponential if kernel.exponential else _pointwise
-        out, after = attend(kernel, q, k, v, w, visible, real, past)
+        u_q, u_k = q @ rows.queries.mT, k @ rows.keys.mT  # (B, H, L, M)
+        t = k.square().mul(rows.metric.unsqueeze(-2)).sum(-1, keepdim=True) * -0.5  # (B, H, Lk, 1)
+        if kernel.exponential:
+            b = u_k + rows.bias.unsqueeze(-2) + t
+            out, after = _exponential(u_q, b, v, visible, real, past)
+        else:
+            out, after = _pointwise(kernel, u_q, u_k, t, v, visible, real, past)
     kept = compute_dtype(query.dtype)
     return out.to(query.dtype), StateTensors(*(tensor.to(kept) for tensor in after))
 
 
 def _pointwise(
     kernel: Kernel,
-    q: Tensor,
-    k: Tensor,
+    u_q: Tensor,
+    u_k: Tensor,
+    t: Tensor,
     v: Tensor,
-    w: Tensor,
     visible: Tensor,
     real: Tensor | None,
     past: StateTensors,
 ) -> tuple[Tensor, StateTensors]:
     f = kernel.function
     assert f is not None
-    u = k @ w.T
-    phi_q, phi_k = f(q @ w.T), f(u if real is None else u.masked_fill(~real, 0.0))
+    phi_q, phi_k = f(u_q), f(u_k if real is None else u_k.masked_fill(~real, 0.0))
     if real is not None:
-        phi_k = phi_k.masked_fill(~real, 0.0)
-    weights = (phi_q @ phi_k.mT) * visible
-    numerator = weights @ v + phi_q @ past.numerator
-    denominator = weights.sum(-1) + (phi_q @ past.denominator.unsqueeze(-1)).squeeze(-1)
-    after = StateTensors(past.numerator + phi_k.mT @ v, past.denominator + phi_k.sum(-2), past.log_scale)
-    return numerator / guarded(denominator).unsqueeze(-1), after
+        phi_k, t = phi_k.masked_fill(~real, 0.0), t.masked_fill(~real, -torch.inf)
+    weights, past_share, log_scale = (phi_q @ phi_k.mT) * visible, 1.0, past.log_scale
+    numerator, denominator = past.numerator, past.denominator
+    if kernel.weighted:  # each row at the scale of the largest weight that it sees
+        seen = t.mT.masked_fill(~visible, -torch.inf)
+        past_scale = past.log_scale[..., :1].unsqueeze(-1)
+        row_scale = finite(
+            torch.cat([seen, past_scale.expand(*seen.shape[:-1], 1)], -1).detach().amax(-1, keepdim=True)
+        )
+        weights, past_share = weights * (seen - row_scale).exp(), (past_scale - row_scale).exp()
+        log_scale = torch.cat(
+            [past.log_scale.unsqueeze(-2), t.detach().expand(*t.shape[:-1], phi_k.shape[-1])], -2
+        ).amax(-2)
+        keep, phi_k = (past.log_scale - finite(log_scale)).exp(), phi_k * (t - finite(log_scale).unsqueeze(-2)).exp()
+        numerator, denominator = numerator * keep.unsqueeze(-1), denominator * keep
+    out = weights @ v + (phi_q * past_share) @ past.numerator
+    row_sum = weights.sum(-1) + ((phi_q * past_share) @ past.denominator.unsqueeze(-1)).squeeze(-1)
+    after = StateTensors(numerator + phi_k.mT @ v, denominator + phi_k.sum(-2), log_scale)
+    return out / guarded(row_sum).unsqueeze(-1), after
 
 
 def _exponential(
-    kernel: Kernel,
-    q: Tensor,
-    k: Tensor,
+    a: Tensor,
+    b: Tensor,
     v: Tensor,
-    w: Tensor,
     visible: Tensor,
     real: Tensor | None,
     past: StateTensors,
 ) -> tuple[Tensor, StateTensors]:
-    a = q @ w.T - q.square().sum(-1, keepdim=True) * (kernel.norm / 2)  # (B, H, Lq, M) log phi(q)
-    b = k @ w.T - k.square().sum(-1, keepdim=True) * (kernel.norm / 2)  # (B, H, Lk, M) log phi(k)
     if real is not None:
         b = b.masked_fill(~real, -torch.inf)
     peak_a, peak_b = a.detach().amax(-1, keepdim=True), finite(b.detach().amax(-1, keepdim=True))
