@@ -20,6 +20,9 @@ if TYPE_CHECKING:
         FavorState,
         exact_attention,
         favor_attention,
+        reformer_attention,
+        sparse_attention,
+        sparse_pattern,
     )
     from performers.data import Corpus, build_corpus, read_fasta
     from performers.models import (
@@ -39,6 +42,9 @@ _HOME = {
     "favor_attention": "performers.attention",
     "ExactState": "performers.attention",
     "exact_attention": "performers.attention",
+    "reformer_attention": "performers.attention",
+    "sparse_attention": "performers.attention",
+    "sparse_pattern": "performers.attention",
     "Corpus": "performers.data",
     "build_corpus": "performers.data",
     "read_fasta": "performers.data",
@@ -72,6 +78,9 @@ __all__ = [
     "favor_attention",
     "pretrain",
     "read_fasta",
+    "reformer_attention",
+    "sparse_attention",
+    "sparse_pattern",
 ]
 
 

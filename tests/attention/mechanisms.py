@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise, product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from performers.attention import ExactAttention, FavorAttention, favor_attention, visible_keys
+from performers.attention.reformer import ReformerAttention, hash_buckets
+from performers.attention.sparse import SparseAttention
 
 Oracle = Callable[..., Tensor]
 
@@ -42,6 +45,75 @@ def exact_oracle(
     return (torch.softmax(logits, -1) * visible) @ v
 
 
+def sparse_oracle(mechanism: SparseAttention, q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
+    """Exact attention, one sequence after the other, under the pattern written out as a matrix over its real tokens."""
+    k, v = (x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    rows, q = [], q.double()
+    cuts = arguments.get("cu_seqlens")
+    spans = [(0, q.shape[2])] if cuts is None else list(pairwise(cuts.tolist()))
+    for row in range(q.shape[0]):
+        outs = []
+        for start, stop in spans:
+            many = (k if cuts is None else q).shape[2] if cuts is None else stop - start
+            at_q, at_k = slice(start, stop), slice(start, start + many)
+            mask = arguments.get("key_padding_mask")
+            real = torch.ones(many, dtype=torch.bool) if mask is None else mask[row]
+            num_queries, early = stop - start, max(0, stop - start - many)
+            # positions: real keys count from 0; queries before the first key come before them
+            position = torch.cat([torch.arange(-early, 0), torch.where(real, real.cumsum(0) - 1, -(10**6))])
+            p_k, p_q = position[early:], position[len(position) - num_queries :]
+            stride, summary = mechanism.stride, mechanism.summary
+            i, j = p_q[:, None], p_k[None]
+            if mechanism.pattern == "strided":
+                visible = ((i - j).abs() <= stride) | ((i - j) % stride == 0)
+            else:
+                visible = (i // stride == j // stride) | (j % stride >= stride - summary)
+            visible = visible & (i > -(10**6)) & (j > -(10**6))
+            if arguments.get("is_causal"):
+                visible = visible & (j <= i)
+            logits = (q[row, :, at_q] @ k[row, :, at_k].mT * q.shape[-1] ** -0.5).masked_fill(~visible, -1e300)
+            outs.append((torch.softmax(logits, -1) * visible) @ v[row, :, at_k])
+        rows.append(torch.cat(outs, 1))
+    return torch.stack(rows)
+
+
+def reformer_oracle(mechanism: ReformerAttention, q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
+    """Exact attention, one sequence and head after the other, under what each round of hashing shows."""
+    k, v = (x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    q, cuts, mask = q.double(), arguments.get("cu_seqlens"), arguments.get("key_padding_mask")
+    out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=torch.float64)
+    size, hashes = mechanism.bucket_size, mechanism.num_hashes
+    for row, head in product(range(q.shape[0]), range(q.shape[1])):
+        for start, stop in [(0, None)] if cuts is None else pairwise(cuts.tolist()):
+            one_q, one_k, one_v = (x[row, head, start:stop] for x in (q, k, v))
+            late = len(one_k) - len(one_q)
+            real = torch.ones(len(one_k), dtype=torch.bool) if mask is None else mask[row]
+            count = int(real.sum())
+            kept = [i for i in range(len(one_q)) if i + late < 0 or real[i + late]]
+            if not count or not kept:
+                continue
+            place = torch.tensor([i + late if i + late < 0 else int(real[: i + late].sum()) for i in kept])
+            visible = torch.zeros(len(kept), count, dtype=torch.bool)
+            buckets = [
+                hash_buckets(x.float(), int(mechanism.rotation_seed), hashes, count, size)
+                for x in (one_q[kept], one_k[real])
+            ]
+            for q_bucket, k_bucket in zip(*buckets, strict=True):
+                mine = q_bucket * (count + 1) + place.clamp(min=-1) + 1
+                theirs = k_bucket * (count + 1) + torch.arange(count) + 1
+                q_chunk = (theirs[None] < mine[:, None]).sum(-1).clamp(max=count - 1) // size
+                k_chunk = (theirs[None] < theirs[:, None]).sum(-1) // size
+                ahead = q_chunk[:, None] - k_chunk[None]
+                visible |= (ahead == 0) | (ahead == 1)
+            if arguments.get("is_causal"):
+                visible &= torch.arange(count) <= place[:, None]
+            logits = (one_q[kept] @ one_k[real].T * q.shape[-1] ** -0.5).masked_fill(~visible, -1e300)
+            rows = torch.arange(q.shape[2])[start:stop][kept]
+            attended = (torch.softmax(logits, -1) * visible) @ one_v[real]
+            out = out.index_put((torch.tensor(row), torch.tensor(head), rows), attended)
+    return out
+
+
 @dataclass(frozen=True)
 class Case:
     """A mechanism under the laws.
@@ -51,6 +123,8 @@ class Case:
         oracle: (mechanism, q, k, v, **arguments) -> output in float64, differentiable.
         positive: all weights are positive, so that rounding is not amplified by cancellation.
         has_features: the number of features means something.
+        hashes: which keys a query sees follows from a hash of all of them, so that outputs depend a little on later ones and
+            cannot be streamed exactly.
     """
 
     name: str
@@ -58,6 +132,7 @@ class Case:
     oracle: Oracle
     positive: bool = True
     has_features: bool = True
+    hashes: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -90,9 +165,29 @@ CASES = [
     favor("cos", kernel="cos", positive=False),
     favor("identity", kernel="identity", positive=False),
     favor("callable", kernel=torch.nn.functional.softplus),
+    Case(
+        "sparse-strided",
+        lambda head_dim, _: SparseAttention(head_dim, pattern="strided", stride=16),
+        sparse_oracle,
+        has_features=False,
+    ),
+    Case(
+        "sparse-fixed",
+        lambda head_dim, _: SparseAttention(head_dim, pattern="fixed", stride=16, summary=3),
+        sparse_oracle,
+        has_features=False,
+    ),
+    Case(
+        "reformer",
+        lambda head_dim, _: ReformerAttention(head_dim, num_hashes=2, bucket_size=16),
+        reformer_oracle,
+        has_features=False,
+        hashes=True,
+    ),
     Case("exact", lambda head_dim, _: ExactAttention(head_dim), exact_oracle, has_features=False),
 ]
 POSITIVE_CASES = [case for case in CASES if case.positive]
+EXACTLY_CAUSAL_CASES = [case for case in CASES if not case.hashes]
 
 
 def condition(case: Case, mechanism: nn.Module, q: Tensor, k: Tensor, **arguments: Any) -> Tensor:

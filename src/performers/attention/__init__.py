@@ -7,9 +7,16 @@ a head size, a seed and the mechanism's own keyword arguments, and called with q
 from performers.attention.exact import ExactAttention, ExactState, exact_attention
 from performers.attention.favor import FavorAttention, FavorState, favor_attention
 from performers.attention.features import FavorFeatures
+from performers.attention.reformer import ReformerAttention, reformer_attention
+from performers.attention.sparse import SparseAttention, sparse_attention, sparse_pattern
 from performers.attention.visibility import visible_keys
 
-MECHANISMS = {"favor": FavorAttention, "exact": ExactAttention}
+MECHANISMS = {
+    "favor": FavorAttention,
+    "exact": ExactAttention,
+    "reformer": ReformerAttention,
+    "sparse": SparseAttention,
+}
 
 __all__ = [
     "MECHANISMS",
@@ -18,7 +25,12 @@ __all__ = [
     "FavorAttention",
     "FavorFeatures",
     "FavorState",
+    "ReformerAttention",
+    "SparseAttention",
     "exact_attention",
     "favor_attention",
+    "reformer_attention",
+    "sparse_attention",
+    "sparse_pattern",
     "visible_keys",
 ]

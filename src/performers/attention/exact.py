@@ -32,6 +32,16 @@ class ExactState:
         index = index.to(self.key.device)
         return ExactState(*(tensor.index_select(0, index) for tensor in (self.key, self.value, self.real)))
 
+    @classmethod
+    def after(cls, state: ExactState | None, key: Tensor, value: Tensor, key_padding_mask: Tensor | None) -> ExactState:
+        """The state after these keys and values as well."""
+        real = key_padding_mask
+        if real is None:
+            real = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
+        if state is None:
+            return cls(key, value, real)
+        return cls(torch.cat([state.key, key], 2), torch.cat([state.value, value], 2), torch.cat([state.real, real], 1))
+
     @property
     def nbytes(self) -> int:
         """The memory that the state takes."""
@@ -87,19 +97,12 @@ def exact_attention(
             for rows in segments(cu_seqlens, query.shape[2])
         ]
         return torch.cat(out, dim=2) if out else query.new_zeros(*query.shape[:3], value.shape[-1])
-    real, past = key_padding_mask, 0
-    if state is not None or return_state:
-        real = real if real is not None else key.new_ones(key.shape[0], key.shape[2], dtype=torch.bool)
-    if state is not None:
-        assert real is not None
-        past = state.key.shape[2]
-        key, value = torch.cat([state.key, key], 2), torch.cat([state.value, value], 2)
-        real = torch.cat([state.real, real], 1)
-    out = _attend(query, key, value, is_causal, real, past, scale)
-    if not return_state:
-        return out
-    assert real is not None
-    return out, ExactState(key, value, real)
+    if state is None and not return_state:
+        return _attend(query, key, value, is_causal, key_padding_mask, 0, scale)
+    past = 0 if state is None else state.key.shape[2]
+    after = ExactState.after(state, key, value, key_padding_mask)
+    out = _attend(query, after.key, after.value, is_causal, after.real, past, scale)
+    return (out, after) if return_state else out
 
 
 def _attend(

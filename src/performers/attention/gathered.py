@@ -1,0 +1,386 @@
+"""Softmax attention of queries to chosen keys, by gathering blocks of them: what the sparse mechanisms have in common.
+
+A mechanism says which keys its queries see as a list of tiles: each has blocks of query positions, blocks of key positions and
+a rule for the pairs in between. Tiles must not have a pair in common: their softmax sums are then merged, and the result is
+softmax over the union. Nothing larger than `TILE` weights is formed at a time; the backward pass forms them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from performers.attention.arguments import check_attention_arguments, repeat_heads, segments
+from performers.attention.exact import ExactState
+from performers.attention.features import attention_scale
+from performers.errors import InputError
+
+TILE = 2**21  # weights at a time, over all blocks and heads
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """N blocks of bq queries each, and of the bk keys that they may see.
+
+    Attributes:
+        queries: (Z or 1, N, bq) indices of queries; Z sequences (or heads of sequences); -1 where there is none.
+        keys: (Z or 1, N, bk) indices of keys; -1 where there is none.
+        visible: the rule: from the numbers of blocks (a slice), a bool tensor (Z or 1, n, bq, bk). Pairs of which one index is
+            -1 never count.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    visible: Callable[[slice], Tensor]
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where the tokens of a sequence are: positions count real keys from 0, and earlier queries downwards from -1."""
+
+    key_at: Tensor  # (P,) the key at each position from 0
+    query_at: Tensor  # (P - first,) the query at each position from `first`, -1 where there is none
+    first: int
+
+    @classmethod
+    def of(cls, num_queries: int, num_keys: int, real: Tensor | None, device: torch.device) -> Positions:
+        """The last query is at the last key; `real` are the keys that count, all if None."""
+        key_at = torch.arange(num_keys, device=device) if real is None else real
+        early = max(0, num_queries - num_keys)
+        query_at = torch.cat([torch.arange(early, device=device), key_at + (num_queries - num_keys)]).clamp(min=-1)
+        return cls(key_at, query_at, -early)
+
+    def of_queries(self, num_queries: int) -> Tensor:
+        """The position of each query, (Lq,); below `first` where it is padding."""
+        position = torch.arange(self.first, len(self.key_at), device=self.key_at.device)
+        nowhere = torch.full((num_queries + 1,), self.first - 1, device=position.device)
+        return nowhere.scatter_(0, self.query_at.where(self.query_at >= 0, num_queries), position)[:-1]
+
+    def blocks(self, queries: Tensor, keys: Tensor, rule: Callable[[Tensor, Tensor], Tensor]) -> Blocks:
+        """The blocks that have these positions, (N, bq) and (N, bk), and a rule on differences of them."""
+        index = self._find(self.query_at, queries - self.first)
+        some = (index >= 0).any(-1)
+        queries, keys, index = queries[some], keys[some], index[some]
+        return Blocks(
+            index[None],
+            self._find(self.key_at, keys)[None],
+            lambda blocks: rule(queries[blocks].unsqueeze(-1), keys[blocks].unsqueeze(-2))[None],
+        )
+
+    @staticmethod
+    def _find(at: Tensor, index: Tensor) -> Tensor:
+        inside = (index >= 0) & (index < len(at))
+        return at[index.clamp(0, max(0, len(at) - 1))].where(inside, -1) if len(at) else torch.full_like(index, -1)
+
+
+class Plan(NamedTuple):
+    """Which keys the queries of a sequence see.
+
+    Attributes:
+        parts: no two have a pair in common.
+        own: (Lq,), the index of the key of each query's own token, which it sees only if it sees nothing else, or -2; None if a
+            token is like any other to itself.
+    """
+
+    parts: Iterable[Blocks]
+    own: Tensor | None = None
+
+
+# By name, as operators take no functions: (query (Z, Lq, D), key (Z, Lk, D), positions, is_causal, numbers, seed) -> plan.
+PLANS: dict[str, Callable[[Tensor, Tensor, Positions, bool, list[int], Tensor | None], Plan]] = {}
+
+
+@dataclass(frozen=True)
+class _Tile:
+    queries: Tensor  # (Z, n * bq), an index of the spare row in place of -1
+    keys: Tensor  # (Z, n * bk)
+    shape: tuple[int, int, int]  # n, bq, bk
+    visible: Tensor  # (Z, n, bq, bk)
+    same: Tensor | None  # (Z, n, bq, bk)  the pair of a token with itself
+
+
+def _tiles(parts: Iterable[Blocks], num: int, num_queries: int, num_keys: int, own: Tensor | None) -> Iterator[_Tile]:
+    for part in parts:
+        total, bq, bk = part.queries.shape[1], part.queries.shape[2], part.keys.shape[2]
+        step = max(1, TILE // max(1, num * bq * bk))
+        for start in range(0, total, step):
+            blocks = slice(start, min(start + step, total))
+            queries, keys = part.queries[:, blocks], part.keys[:, blocks]
+            real = (queries >= 0).unsqueeze(-1) & (keys >= 0).unsqueeze(-2)
+            visible = part.visible(blocks) & real
+            same = None
+            if own is not None:
+                same = (own[queries.clamp(min=0)].unsqueeze(-1) == keys.unsqueeze(-2)) & real
+            yield _Tile(
+                queries.where(queries >= 0, num_queries).flatten(1).expand(num, -1),
+                keys.where(keys >= 0, num_keys).flatten(1).expand(num, -1),
+                (blocks.stop - blocks.start, bq, bk),
+                visible,
+                same,
+            )
+
+
+def _take(x: Tensor, index: Tensor, blocks: int) -> Tensor:
+    """Rows of x (Z, L + 1, D) as (Z, n, b, D)."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1])).unflatten(1, (blocks, -1))
+
+
+def _add(x: Tensor, index: Tensor, rows: Tensor) -> None:
+    x.scatter_add_(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]), rows.flatten(1, 2))
+
+
+def _with_spare(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (Z, L, D) and a row of zeros, to read from and write to where a block has no token."""
+    return torch.cat([x.to(dtype), x.new_zeros(x.shape[0], 1, x.shape[-1], dtype=dtype)], 1)
+
+
+LAST_RESORT = (
+    -1e5
+)  # the logit of a token with itself where it attends to itself only if it sees nothing else (2001.04451)
+
+
+def _logits(q: Tensor, k: Tensor, tile: _Tile, scale: float) -> Tensor:
+    logits = (q @ k.mT).mul_(scale)
+    if tile.same is not None:
+        logits.masked_fill_(tile.same, LAST_RESORT)
+    return logits.masked_fill_(~tile.visible, -torch.inf)
+
+
+def _sequence_forward(
+    query: Tensor, key: Tensor, value: Tensor, parts: Iterable[Blocks], scale: float, own: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Outputs and log sums.
+
+    Arguments:
+        query: (Z, Lq, D), of Z heads.
+        key: (Z, Lk, D).
+        value: (Z, Lk, Dv).
+        parts: which keys the queries see; no pair twice.
+        scale: the factor on q.k.
+        own: (Lq,), the index of the key of each query's own token, which it sees only if it sees nothing else; -2 for none.
+
+    Returns:
+        (Z, Lq, Dv) and (Z, Lq), in float32 at least. A query that sees nothing has zeros and -inf.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    q, k, v = (_with_spare(x, dtype) for x in (query, key, value))
+    num, num_queries, num_keys = query.shape[0], query.shape[1], key.shape[1]
+    out = q.new_zeros(num, num_queries + 1, v.shape[-1])
+    log_sum = q.new_full((num, num_queries + 1, 1), -torch.inf)
+    for tile in _tiles(parts, num, num_queries, num_keys, own):
+        n = tile.shape[0]
+        logits = _logits(_take(q, tile.queries, n), _take(k, tile.keys, n), tile, scale)
+        peak = logits.amax(-1, keepdim=True)
+        peak = torch.where(peak == -torch.inf, 0.0, peak)
+        weights = logits.sub_(peak).exp_()
+        total = weights.sum(-1, keepdim=True)
+        found = peak + total.log()
+        before = _take(log_sum, tile.queries, n)
+        both = torch.logaddexp(before, found)
+        safe = torch.where(both == -torch.inf, 0.0, both)
+        merged = _take(out, tile.queries, n) * torch.exp(before - safe)
+        share = torch.where(total > 0, torch.exp(peak - safe), 0.0)
+        merged += weights @ _take(v, tile.keys, n) * share
+        index = tile.queries.unsqueeze(-1)
+        out.scatter_(1, index.expand(-1, -1, out.shape[-1]), merged.flatten(1, 2))
+        log_sum.scatter_(1, index, both.flatten(1, 2))
+        # The spare row has been written to by every block that lacks a query.
+        out[:, -1], log_sum[:, -1] = 0.0, -torch.inf
+    return out[:, :-1], log_sum[:, :-1, 0]
+
+
+def _sequence_backward(
+    d_out: Tensor,
+    out: Tensor,
+    log_sum: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    parts: Iterable[Blocks],
+    scale: float,
+    own: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, given what `_sequence_forward` took and gave; in the type of `out`."""
+    q, k, v, d_o = (_with_spare(x, out.dtype) for x in (query, key, value, d_out))
+    num, num_queries, num_keys = query.shape[0], query.shape[1], key.shape[1]
+    delta = _with_spare((d_out.to(out.dtype) * out).sum(-1, keepdim=True), out.dtype)
+    log_sum = torch.where(log_sum == -torch.inf, torch.inf, log_sum).unsqueeze(-1)
+    log_sum = torch.cat([log_sum, log_sum.new_full((num, 1, 1), torch.inf)], 1)
+    d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for tile in _tiles(parts, num, num_queries, num_keys, own):
+        n = tile.shape[0]
+        tile_q, tile_k, tile_d_o = _take(q, tile.queries, n), _take(k, tile.keys, n), _take(d_o, tile.queries, n)
+        weights = _logits(tile_q, tile_k, tile, scale).sub_(_take(log_sum, tile.queries, n)).exp_()
+        _add(d_v, tile.keys, weights.mT @ tile_d_o)
+        slopes = (tile_d_o @ _take(v, tile.keys, n).mT).sub_(_take(delta, tile.queries, n)).mul_(weights).mul_(scale)
+        if tile.same is not None:
+            slopes.masked_fill_(tile.same, 0.0)
+        _add(d_q, tile.queries, slopes @ tile_k)
+        _add(d_k, tile.keys, slopes.mT @ tile_q)
+    return d_q[:, :-1], d_k[:, :-1], d_v[:, :-1]
+
+
+class _Sequence(NamedTuple):
+    """The heads of one sequence, or of sequences of the same length and no padding."""
+
+    heads: slice  # of batch and heads, joined
+    rows: slice  # of the length
+    real: Tensor | None  # (P,) the keys that are not padding, where some are
+
+
+def _sequences(query: Tensor, key: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> list[_Sequence]:
+    batch, heads = query.shape[:2]
+    if cu_seqlens is not None:
+        return [_Sequence(slice(0, heads), rows, None) for rows in segments(cu_seqlens, query.shape[2])]
+    if mask is None:
+        return [_Sequence(slice(0, batch * heads), slice(None), None)]
+    rows = [slice(row * heads, (row + 1) * heads) for row in range(batch)]
+    return [_Sequence(at, slice(None), mask[row].nonzero()[:, 0]) for row, at in enumerate(rows)]
+
+
+def _plans(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    plan: str,
+    numbers: list[int],
+    is_causal: bool,
+) -> Iterator[tuple[slice, slice, Plan]]:
+    for heads, rows, real in _sequences(query, key, mask, cu_seqlens):
+        q, k = query.flatten(0, 1)[heads, rows], key.flatten(0, 1)[heads, rows]
+        at = Positions.of(q.shape[1], k.shape[1], real, q.device)
+        if q.shape[0] and q.shape[1] and len(at.key_at):
+            yield heads, rows, PLANS[plan](q, k, at, is_causal, numbers, seed)
+
+
+@torch.library.custom_op("performers::gathered", mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    plan: str,
+    numbers: list[int],
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    out = query.new_zeros(*query.shape[:3], value.shape[-1], dtype=dtype)
+    log_sum = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
+    q, k, v, o, s = (x.flatten(0, 1) for x in (query, key, value, out, log_sum))
+    with torch.autocast(query.device.type, enabled=False):
+        for heads, rows, chosen in _plans(query, key, key_padding_mask, cu_seqlens, seed, plan, numbers, is_causal):
+            o[heads, rows], s[heads, rows] = _sequence_forward(
+                q[heads, rows], k[heads, rows], v[heads, rows], chosen.parts, scale, chosen.own
+            )
+    return out, log_sum
+
+
+@_forward.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    out = query.new_empty(*query.shape[:3], value.shape[-1], dtype=dtype)
+    return out, query.new_empty(query.shape[:3], dtype=dtype)
+
+
+@torch.library.custom_op("performers::gathered_backward", mutates_args=())
+def _backward(
+    d_out: Tensor,
+    out: Tensor,
+    log_sum: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    plan: str,
+    numbers: list[int],
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
+    d_o, o, s, q, k, v = (x.flatten(0, 1) for x in (d_out, out, log_sum, query, key, value))
+    with torch.autocast(query.device.type, enabled=False):
+        for heads, rows, chosen in _plans(query, key, key_padding_mask, cu_seqlens, seed, plan, numbers, is_causal):
+            found = _sequence_backward(
+                d_o[heads, rows],
+                o[heads, rows],
+                s[heads, rows],
+                q[heads, rows],
+                k[heads, rows],
+                v[heads, rows],
+                chosen.parts,
+                scale,
+                chosen.own,
+            )
+            for target, gradient in zip(gradients, found, strict=True):
+                target.flatten(0, 1)[heads, rows] = gradient.to(target.dtype)
+    return gradients[0], gradients[1], gradients[2]
+
+
+@_backward.register_fake
+def _(d_out: Tensor, out: Tensor, log_sum: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:3])
+    return q, k, v
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output, *inputs[:6])
+    ctx.mark_non_differentiable(output[1])
+    ctx.arguments = inputs[6:]
+
+
+def _backward_of(ctx: Any, d_out: Tensor, _: Tensor) -> Any:
+    return *_backward(d_out, *ctx.saved_tensors, *ctx.arguments), *[None] * 7
+
+
+_forward.register_autograd(_backward_of, setup_context=_setup_context)
+
+
+def gathered_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: str,
+    numbers: list[int],
+    seed: Tensor | None,
+    is_causal: bool,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state: ExactState | None,
+    return_state: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor | tuple[Tensor, ExactState]:
+    """Softmax attention under a plan.
+
+    Arguments:
+        query, key, value, is_causal, key_padding_mask, cu_seqlens, state, return_state, scale, enable_gqa: as in
+            `exact_attention`.
+        plan: a name in `PLANS`.
+        numbers, seed: what it takes.
+
+    Raises:
+        InputError: shapes, types or arguments that do not go together; the message says which.
+    """
+    check_attention_arguments(query, key, value, key_padding_mask, cu_seqlens, enable_gqa)
+    after = None
+    if state is not None or return_state:
+        if cu_seqlens is not None:
+            raise InputError("a state belongs to one sequence per batch row: it cannot be combined with cu_seqlens.")
+        after = ExactState.after(state, key, value, key_padding_mask)
+        key, value, key_padding_mask = after.key, after.value, after.real
+    key, value = repeat_heads(query, key, value)
+    scale = attention_scale(scale, query.shape[-1])
+    out, _ = _forward(query, key, value, key_padding_mask, cu_seqlens, seed, plan, numbers, is_causal, scale)
+    out = out.to(query.dtype)
+    return (out, after) if return_state and after is not None else out
