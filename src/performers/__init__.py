@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         sparse_attention,
         sparse_pattern,
     )
+    from performers.conversion import convert, load
     from performers.data import Corpus, build_corpus, read_fasta
     from performers.models import (
         PerformerConfig,
@@ -45,6 +46,8 @@ _HOME = {
     "reformer_attention": "performers.attention",
     "sparse_attention": "performers.attention",
     "sparse_pattern": "performers.attention",
+    "convert": "performers.conversion",
+    "load": "performers.conversion",
     "Corpus": "performers.data",
     "build_corpus": "performers.data",
     "read_fasta": "performers.data",
@@ -73,9 +76,11 @@ __all__ = [
     "PerformerTokenizer",
     "__version__",
     "build_corpus",
+    "convert",
     "evaluate",
     "exact_attention",
     "favor_attention",
+    "load",
     "pretrain",
     "read_fasta",
     "reformer_attention",

@@ -17,10 +17,16 @@ from types import ModuleType
 
 # As soon as the module on the left is imported, the one on the right is, and registers what it has with it.
 COMPANIONS = {
+    "transformers.modeling_layers": "performers.conversion.interface",
     "transformers.models.auto.configuration_auto": "performers.models.configuration_performer",
     "transformers.models.auto.modeling_auto": "performers.models.modeling_performer",
     "transformers.models.auto.tokenization_auto": "performers.models.tokenization_performer",
 }
+
+# Half-way through this module, transformers imports its Auto classes, and our models are made of what the other half defines:
+# whatever is found meanwhile waits until it is whole.
+_LAYERS = "transformers.modeling_layers"
+_waiting: list[str] = []
 
 
 class _CompanionFinder(importlib.abc.MetaPathFinder):
@@ -38,10 +44,18 @@ class _CompanionFinder(importlib.abc.MetaPathFinder):
 
         def execute_and_import_companion(module: ModuleType) -> None:
             execute(module)
-            importlib.import_module(COMPANIONS[fullname])
+            _waiting.append(COMPANIONS[fullname])
+            layers = sys.modules.get(_LAYERS)
+            if module is layers or not getattr(getattr(layers, "__spec__", None), "_initializing", False):
+                _import_waiting()
 
         spec.loader.exec_module = execute_and_import_companion
         return spec
+
+
+def _import_waiting() -> None:
+    while _waiting:
+        importlib.import_module(_waiting.pop(0))
 
 
 def install_hooks() -> None:
