@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
 import re
 import subprocess
 import sys
@@ -36,7 +35,8 @@ def test_the_documentation_builds_without_a_warning(site: Path) -> None:
 
 def test_the_command_line_reference_names_every_command(site: Path) -> None:
     page = (site / "command-line" / "index.html").read_text(encoding="utf-8")
-    for command in ("pretrain", "evaluate", "split", "benchmark training"):
+    benchmarks = (f"benchmark {name}" for name in ("training", "attention", "approximation"))
+    for command in ("pretrain", "evaluate", "split", *benchmarks):
         assert f">performers {command}<" in page
     assert "--resume-from" in page
 
@@ -102,12 +102,7 @@ def test_every_public_name_has_a_docstring(package: str) -> None:
                     assert method.__doc__, f"{package}.{name}.{member}"
 
 
-def test_the_pictures_are_drawn_from_measurements(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "draw_pictures.py"), "--quick", "--output", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "time of exact attention / time of FAVOR attention" in done.stdout
-    for name in ("cost.png", "error.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-        assert (ROOT / "docs" / "images" / name).stat().st_size < 100_000
+def test_the_pictures_are_small_enough_for_a_repository() -> None:
+    for picture in (ROOT / "docs" / "images").iterdir():
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert picture.stat().st_size < 100_000, picture.name

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from performers.errors import InputError, PerformersError, RunError
@@ -15,11 +17,15 @@ from performers.errors import InputError, PerformersError, RunError
 _MARK = "figures: "
 
 
-def run_alone(function: str, **arguments: Any) -> dict[str, Any]:
+def run_alone(
+    function: str, *, environment: dict[str, str] | None = None, timeout: float | None = None, **arguments: Any
+) -> dict[str, Any]:
     """The result of a function in a Python process of its own.
 
     Arguments:
         function: "package.module:name"; it takes `arguments` and returns a dictionary that JSON can hold.
+        environment: variables to set in the process besides those of this one.
+        timeout: seconds after which the process is killed.
         arguments: anything JSON can hold.
 
     Returns:
@@ -28,13 +34,19 @@ def run_alone(function: str, **arguments: Any) -> dict[str, Any]:
     Raises:
         InputError: the function refused its arguments.
         RunError: the process failed, for instance for want of memory.
+        TimeoutError: it was not done in time.
     """
-    process = subprocess.run(
-        [sys.executable, "-m", "performers.benchmarks.isolation", function, json.dumps(arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        process = subprocess.run(
+            [sys.executable, "-m", "performers.benchmarks.isolation", function, json.dumps(arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, **(environment or {})},
+            timeout=timeout,
+        )
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(f"{function} was not done in {timeout:,.0f} seconds") from None
     last = process.stdout.strip().rpartition("\n")[2]
     if process.returncode == 2:
         raise InputError(process.stderr.strip().rpartition("\n")[2])
@@ -45,12 +57,54 @@ def run_alone(function: str, **arguments: Any) -> dict[str, Any]:
 
 
 def peak_memory() -> int:
-    """The largest resident memory of this process so far, in bytes."""
-    with contextlib.suppress(FileNotFoundError), open("/proc/self/status") as status:
-        # getrusage would count the process that started this one, too, up to the moment that Python took its place.
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
+    """The largest resident memory of this process so far, or since `forget_peak`, in bytes."""
+    # getrusage would count the process that started this one, too, up to the moment that Python took its place.
+    peak = _status("VmHWM")
+    if peak is not None:
+        return peak
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident_memory() -> int:
+    """The resident memory of this process, in bytes; where the system does not tell, the largest so far."""
+    resident = _status("VmRSS")
+    return peak_memory() if resident is None else resident
+
+
+def forget_peak() -> None:
+    """Starts `peak_memory` anew from what is resident now, where the system can (Linux)."""
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as control:
+        control.write("5")
+
+
+def available_memory() -> int | None:
+    """The bytes that this process can still take without swapping or being killed; None where the system does not tell."""
+    available: list[int] = []
+    with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo") as lines:
+        available.append(next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024)
+    with contextlib.suppress(OSError, ValueError):  # a container's limit; "max" is none
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        available.append(limit - used)
+    return min(available, default=None)
+
+
+def refuse_beyond_available_memory() -> None:
+    """Makes an allocation that the machine has no room for fail in this process, before the system kills one of its choice."""
+    available, used = available_memory(), _status("VmData")
+    if available is not None and used is not None:
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        wanted = used + int(0.9 * available)
+        resource.setrlimit(
+            resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
+
+
+def _status(field: str) -> int | None:
+    """A line of this process's memory account on Linux, in bytes."""
+    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
+    return None
 
 
 def _main(function: str, arguments: str) -> None:
