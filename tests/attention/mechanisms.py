@@ -138,8 +138,15 @@ class Case:
         return self.name
 
 
-def _favor(head_dim: int, num_features: int, **arguments: Any) -> nn.Module:
-    return FavorAttention(head_dim, num_features=num_features, **arguments)
+def _favor(head_dim: int, num_features: int, **arguments: Any) -> FavorAttention:
+    mechanism = FavorAttention(head_dim, num_features=num_features, **arguments)
+    if arguments.get("kernel") in ("softmax-optimal", "softmax-sharp"):
+        # Tokens of another distribution than those of the laws, so that none of the parameters is one or zero.
+        generator = torch.Generator().manual_seed(head_dim)
+        q, k = (torch.randn(1, 1, 200, head_dim, generator=generator) for _ in range(2))
+        stretch = torch.linspace(0.3, 0.7, head_dim)
+        mechanism.features.calibrate_(q * stretch + 0.1, k * stretch.flip(0) - 0.1)
+    return mechanism
 
 
 def favor(name: str, positive: bool = True, **arguments: Any) -> Case:
@@ -153,6 +160,14 @@ CASES = [
     favor("softmax-hyperbolic", kernel="softmax-hyperbolic"),
     favor("softmax-reg", kernel="softmax-reg"),
     favor("softmax-trig", kernel="softmax-trig", positive=False),
+    favor("softmax-optimal", kernel="softmax-optimal"),
+    favor("softmax-sharp", kernel="softmax-sharp"),
+    favor("softmax-hadamard", kernel="softmax", projection="hadamard"),
+    favor("softmax-givens", kernel="softmax", projection="givens"),
+    # "auto" takes the native backend where it can: this is the one that remains without a compiler
+    favor("softmax-chunked", kernel="softmax", backend="chunked"),
+    favor("softmax-sharp-chunked", kernel="softmax-sharp", backend="chunked"),
+    favor("relu-chunked", kernel="relu", backend="chunked"),
     favor("exp", kernel="exp"),
     favor("relu", kernel="relu"),
     favor("relu-iid", kernel="relu", projection="iid"),

@@ -9,11 +9,15 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from allpairspy import AllPairs
-from mechanisms import CASES, EXACTLY_CAUSAL_CASES, POSITIVE_CASES, Case, condition
+from mechanisms import CASES, EXACTLY_CAUSAL_CASES, POSITIVE_CASES, Case, condition, favor
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from performers.attention import FavorAttention, FavorFeatures, favor_attention
+from performers.attention.features import KERNELS
+from performers.attention.kernels import native
+from performers.attention.projections import PROJECTIONS
+from performers.errors import InputError
 
 # Relative to the largest entry: rounding of the output type, and of float32 sums.
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
@@ -89,11 +93,10 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str, 
     assert error <= limit, f"{what} is off by {error:.3g}, more than {limit:.3g}"
 
 
-@pytest.mark.parametrize("cell", _grid())
-def test_values_and_gradients_equal_the_oracle(cell: Cell, record_cell: Any) -> None:
-    record_cell("oracle")
-    mechanism = cell.case.make(cell.head_dim, cell.num_features)
-    q, k, v, arguments = draw(cell)
+def check_against_the_oracle(
+    cell: Cell, mechanism: nn.Module, q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]
+) -> None:
+    """Compare values and gradients of a mechanism with those of its case's oracle."""
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
     exact = [x.double().requires_grad_() for x in (q, k, v)]
     out = mechanism(*inputs, **arguments)
@@ -117,6 +120,49 @@ def test_values_and_gradients_equal_the_oracle(cell: Cell, record_cell: Any) -> 
     floor = 1.0 if cell.num_features > 1 and k.shape[2] > 1 else 30.0
     for name, gradient, wanted in zip("qkv", gradients, expected_gradients, strict=True):
         assert_close(gradient, wanted, amplified, f"gradient of {name}", floor)
+
+
+@pytest.mark.parametrize("cell", _grid())
+def test_values_and_gradients_equal_the_oracle(cell: Cell, record_cell: Any) -> None:
+    record_cell("oracle")
+    check_against_the_oracle(cell, cell.case.make(cell.head_dim, cell.num_features), *draw(cell))
+
+
+FAVOR_AXES: list[list[Any]] = [
+    list(KERNELS),
+    [*PROJECTIONS, None],
+    ["chunked", "native"],
+    list(TOLERANCE),
+    [False, True],
+]
+
+
+def _favor_grid() -> list[Any]:
+    cover = {tuple(cell) for cell in AllPairs(FAVOR_AXES)}
+    return [
+        pytest.param(*cell, id="-".join(map(str, cell)), marks=[] if cell in cover else [pytest.mark.slow])
+        for cell in product(*FAVOR_AXES)
+    ]
+
+
+@pytest.mark.parametrize(("kernel", "projection", "backend", "dtype", "is_causal"), _favor_grid())
+def test_every_kernel_projection_backend_and_type_equals_the_oracle(
+    kernel: str, projection: str | None, backend: str, dtype: torch.dtype, is_causal: bool, record_cell: Any
+) -> None:
+    positive = kernel not in ("softmax-trig", "gelu", "tanh", "cos", "identity")
+    case = favor(kernel, positive, kernel=kernel, projection=projection, backend=backend)
+    cell = Cell(case, 140, 24, 50, dtype, is_causal, "padded")
+    record_cell("estimators")
+    q, k, v, arguments = draw(cell)
+    mechanism = case.make(24, 50)
+    assert isinstance(mechanism, FavorAttention)
+    if backend == "native" and not native.supports(
+        q, k, v, mechanism.features.rows(q, k, 0.2, is_causal=is_causal), kernel, False
+    ):
+        with pytest.raises(InputError, match="backend='native' cannot compute"):
+            mechanism(q, k, v, **arguments)
+        return
+    check_against_the_oracle(cell, mechanism, q, k, v, arguments)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -409,7 +455,7 @@ def test_the_operators_keep_torchs_contract(kernel: str, is_causal: bool) -> Non
     q, k, v = (torch.randn(2, 2, 5, 8).requires_grad_() for _ in range(3))
     state = [torch.zeros(2, 2, 6, 8), torch.zeros(2, 2, 6), torch.full((2, 2, 6), -torch.inf)]
     rows = features.rows(q, k, 0.35, is_causal=is_causal)
-    arguments = (q, k, v, *rows, *state, None, None, kernel, is_causal, False, "chunked")
+    arguments = (q, k, v, *rows, *state, None, None, kernel, is_causal, False, "chunked", False)
     torch.library.opcheck(torch.ops.performers.favor, arguments)
 
 

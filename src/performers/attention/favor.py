@@ -18,7 +18,8 @@ from performers.attention.arguments import check_attention_arguments, repeat_hea
 from performers.attention.features import FavorFeatures, Pointwise, attention_scale
 from performers.attention.kernels import StateTensors, attend, check_backend
 from performers.attention.kernels.state import compute_dtype
-from performers.errors import InputError
+from performers.attention.published import published_attention
+from performers.errors import InputError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ def favor_attention(
 
     Raises:
         InputError: shapes, types or arguments that do not go together; the message says which.
+        UnsupportedError: a state or packed sequences with features of the published formula.
     """
     check_attention_arguments(query, key, value, key_padding_mask, cu_seqlens, enable_gqa)
     if query.shape[-1] != features.head_dim:
@@ -133,6 +135,15 @@ def favor_attention(
         raise InputError("a state belongs to one sequence per batch row: it cannot be combined with cu_seqlens.")
     key, value = repeat_heads(query, key, value)
     check_backend(backend)
+    if features.compatibility is not None:
+        if state is not None or return_state or cu_seqlens is not None:
+            raise UnsupportedError(
+                "compatibility='published': the published stabiliser is the maximum over all keys, so there is neither a state "
+                "to carry on nor a way to keep packed sequences apart."
+            )
+        return published_attention(
+            query, key, value, features, attention_scale(scale, features.head_dim), is_causal, key_padding_mask
+        )
     past = _matching_state(state, query, value, features) if state is not None else None
     out, after = attend(
         query,
@@ -167,7 +178,7 @@ class FavorAttention(nn.Module):
     Arguments:
         head_dim: D of queries and keys.
         seed: of the projection.
-        kernel, num_features, projection, precision: as in `FavorFeatures`.
+        kernel, num_features, projection, precision, trainable, compatibility, calibrated_heads: as in `FavorFeatures`.
         backend: as in `favor_attention`.
     """
 
@@ -180,11 +191,24 @@ class FavorAttention(nn.Module):
         num_features: int = 256,
         projection: str | None = "orthogonal",
         precision: str = "accurate",
+        trainable: bool = False,
+        compatibility: str | None = None,
+        calibrated_heads: int = 0,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         check_backend(backend)
-        self.features = FavorFeatures(head_dim, num_features, kernel, projection, seed, precision)
+        self.features = FavorFeatures(
+            head_dim,
+            num_features,
+            kernel,
+            projection,
+            seed,
+            precision,
+            trainable=trainable,
+            compatibility=compatibility,
+            calibrated_heads=calibrated_heads,
+        )
         self.backend = backend
 
     def forward(
@@ -224,4 +248,4 @@ class FavorAttention(nn.Module):
     @property
     def redraws_by_default(self) -> bool:
         """Whether training gains from redrawing: it does for estimates of the softmax kernel (2009.14794, appendix D.2)."""
-        return str(self.features.kernel).startswith("softmax")
+        return str(self.features.kernel).startswith("softmax") and not self.features.trainable

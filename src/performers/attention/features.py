@@ -10,11 +10,14 @@ There are two families, which the attention kernels treat apart:
 - exponential: phi(x) = exp(W x - |x|^2 / 2) / sqrt(M), the positive features of the softmax kernel (2009.14794, Lemma 1), and its
   relatives. Their range is enormous, so they are only ever combined in the log domain.
 - pointwise: phi(x) = f(W x) / sqrt(M) for any elementwise f, generalised attention (2009.14794, section 2.2).
+
+FAVOR++ and FAVOR# are of the exponential family, with rows from a distribution that fits the tokens (`proposals.py`).
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,8 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from performers.attention.projections import PROJECTIONS
-from performers.errors import InputError
+from performers.attention.projections import PROJECTIONS, hadamard_project, hadamard_rows, hadamard_signs
+from performers.attention.proposals import Moments, Proposal, fit, moments
+from performers.errors import InputError, UnsupportedError
 
 Pointwise = Callable[[Tensor], Tensor]
 
@@ -59,6 +63,8 @@ class Kernel:
         doubles: of the pointwise family, whether f makes 2M features of M projections, joined along the last dimension.
         weighted: of the pointwise family, whether a token's features are multiplied by exp(-norm |x|^2 / 2).
         row_norm: the norm of every row of W relative to sqrt(D); None leaves the rows as they are drawn.
+        proposal: of the exponential family, the kind of distribution that is fitted to the tokens ("isotropic" or "dense"),
+            from which the rows are drawn in place of N(0, I).
     """
 
     function: Pointwise | None = None
@@ -68,6 +74,7 @@ class Kernel:
     doubles: bool = False
     weighted: bool = False
     row_norm: float | None = None
+    proposal: str | None = None
 
     @property
     def exponential(self) -> bool:
@@ -104,6 +111,8 @@ KERNELS: dict[str, Kernel] = {
     "softmax": Kernel(),  # SM+, FAVOR+
     "softmax-hyperbolic": Kernel(both_signs=True),  # SMhyp+, 2009.14794, Lemma 1
     "softmax-reg": Kernel(row_norm=1.0),  # SMREG, 2009.14794, section 2.4 (Theorem 1)
+    "softmax-optimal": Kernel(proposal="isotropic"),  # OPRF, FAVOR++, 2205.15317
+    "softmax-sharp": Kernel(proposal="dense"),  # SDERF, FAVOR#, 2302.00787
     "softmax-trig": Kernel(_cos_sin, _cos_sin_derivative, norm=-1.0, doubles=True, weighted=True),  # FAVOR, 2006.03555
     "exp": Kernel(norm=0.0),
     "relu": Kernel(_relu, lambda u: (u > 0).to(u.dtype)),
@@ -142,6 +151,15 @@ def _key_of(kernel: str | Pointwise) -> str:
     return key
 
 
+class UncalibratedWarning(UserWarning):
+    """A kernel that needs statistics of the tokens had none, and plain FAVOR+ took its place."""
+
+
+# The softmax kernels of the authors' code.
+_PUBLISHED = {"softmax", "softmax-reg", "softmax-trig"}
+_BUFFERS = [f"proposal_{name}" for name in Proposal._fields]
+
+
 class FavorFeatures(nn.Module):
     """The features phi that FAVOR attention uses in place of the exponential of q.k.
 
@@ -149,20 +167,32 @@ class FavorFeatures(nn.Module):
         head_dim: D, the size of a query or key of one head.
         num_features: M, the number of random projections; more is more precise. Without a projection M is D.
         kernel: of the softmax kernel exp(q.k / sqrt(D)): "softmax" (positive features, FAVOR+), "softmax-hyperbolic" (2M features
-            of M rows, less variance) or "softmax-reg" (rows of norm sqrt(D): a little biased, less variance). Of other kernels:
-            "relu" (relu(u) + 1e-3, the paper's best on proteins), "elu" (elu(u) + 1), "exp", "gelu", "sigmoid", "tanh", "abs",
-            "cos", "identity", or any elementwise function of the projected token u, used as it is.
-        projection: "orthogonal", "iid", or None for none at all (u = x).
+            of M rows, less variance), "softmax-reg" (rows of norm sqrt(D): a little biased, less variance), "softmax-trig" (the
+            original FAVOR: cosines and sines, 2M features of M rows; unbiased, but weights can be negative), "softmax-optimal"
+            (FAVOR++, OPRF) or "softmax-sharp" (FAVOR#: SDERF, on tokens that are centred and balanced; see `calibrate_`). Of
+            other kernels: "relu" (relu(u) + 1e-3, the paper's best on proteins), "elu" (elu(u) + 1), "exp", "gelu", "sigmoid",
+            "tanh", "abs", "cos", "identity", or any elementwise function of the projected token u, used as it is.
+        projection: "orthogonal", "iid", "hadamard" (structured: signs in place of a matrix, nearly unbiased), "givens" (products
+            of rotations), or None for none at all (u = x).
         seed: of the projection; the same seed gives the same projection everywhere.
         precision: "accurate" computes in float32 whatever the inputs are; "fast" allows matrix products in the inputs' type
             (not in float16, whose range is too small for sums over keys).
+        trainable: whether the projection is a parameter to learn, which starts from the random one.
+        compatibility: None, or "published" for attention by the formula of the authors' code, for comparison with results that
+            were obtained with it (`performers.attention.published`). It breaks what this package promises: the stabiliser
+            is the largest projection of all keys and an epsilon is added to every feature after it, so outputs of causal
+            attention depend on later tokens, padded and packed sequences on their neighbours, and nothing can be streamed.
+        calibrated_heads: of "softmax-optimal" and "softmax-sharp", how many heads a saved calibration has that will be loaded by
+            a loader which, unlike `load_state_dict`, needs to find every tensor in place. Until then they are plain FAVOR+.
 
     Attributes:
-        projection: W, a float32 buffer of shape (M, D), saved in the state_dict. Only `redraw_` changes it.
-        size: the number of features of a token, M, or 2M for "softmax-hyperbolic".
+        projection: W, (M, D), in float32: a buffer, or a parameter if trainable; saved in the state_dict. Only `redraw_` or
+            training changes it. With "hadamard" the state_dict holds `signs` and `norms`, and W is written out on demand.
+        size: the number of features of a token, M, or 2M for "softmax-hyperbolic" and "softmax-trig".
 
     Raises:
-        InputError: an unknown kernel, projection or precision, or a size that is not a positive integer.
+        InputError: an unknown kernel, projection, precision or compatibility, a size that is not a positive integer, or
+            arguments that exclude each other.
     """
 
     projection: Tensor
@@ -175,6 +205,10 @@ class FavorFeatures(nn.Module):
         projection: str | None = "orthogonal",
         seed: int = 0,
         precision: str = "accurate",
+        *,
+        trainable: bool = False,
+        compatibility: str | None = None,
+        calibrated_heads: int = 0,
     ) -> None:
         super().__init__()
         for name, size in (("head_dim", head_dim), ("num_features", num_features)):
@@ -194,19 +228,67 @@ class FavorFeatures(nn.Module):
         self.projection_name = projection
         self.seed = seed
         self.precision = precision
+        self.trainable = trainable
+        self.compatibility = compatibility
+        self._warned = False
+        self._check_combinations(calibrated_heads)
+        generator = torch.Generator().manual_seed(seed)
+        # Inside a `with torch.device("meta")` block, too, everything is drawn for real.
         with torch.device("cpu"):
-            self.register_buffer("projection", self._draw(torch.Generator().manual_seed(seed)))
+            for name, tensor in self._draw(generator).items():
+                if trainable:
+                    self.register_parameter(name, nn.Parameter(tensor))
+                else:
+                    self.register_buffer(name, tensor)
+            if self._proposal_kind is not None:
+                start = Proposal.standard(calibrated_heads, head_dim) if calibrated_heads else [None] * len(_BUFFERS)
+                for name, tensor in zip(_BUFFERS, start, strict=True):
+                    self.register_buffer(name, tensor)
 
-    def _draw(self, generator: torch.Generator) -> Tensor:
-        # Inside a `with torch.device("meta")` block, too, the matrix is drawn for real.
-        with torch.device("cpu"):
-            if self.projection_name is None:
-                return torch.eye(self.head_dim)
-            rows = PROJECTIONS[self.projection_name](self.num_features, self.head_dim, generator)
-            row_norm = kernel_of(self.kernel_key).row_norm
-            if row_norm is None:
-                return rows
-            return nn.functional.normalize(rows.double(), dim=1).mul(row_norm * self.head_dim**0.5).float()
+    def _check_combinations(self, calibrated_heads: int) -> None:
+        if self.trainable and self.projection_name in (None, "hadamard"):
+            why = "nothing is projected" if self.projection_name is None else "its rows are made of signs"
+            raise InputError(
+                f"projection={self.projection_name!r} leaves nothing to learn, because {why}: not trainable."
+            )
+        if self.trainable and self._proposal_kind is not None:
+            raise InputError(
+                f"kernel={self.kernel!r} draws its rows from a distribution that fits the tokens: not trainable."
+            )
+        if self.compatibility not in (None, "published"):
+            raise InputError(f"compatibility={self.compatibility!r} is not known: expected 'published' or None.")
+        if self.compatibility and self.kernel_key.startswith("softmax") and self.kernel_key not in _PUBLISHED:
+            raise InputError(f"kernel={self.kernel!r} has no published code to be compatible with.")
+        if isinstance(calibrated_heads, bool) or not isinstance(calibrated_heads, int) or calibrated_heads < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(f"calibrated_heads={calibrated_heads!r} must be an integer that is not negative.")
+        if calibrated_heads and self._proposal_kind is None:
+            raise InputError(f"kernel={self.kernel!r} has nothing to calibrate: leave calibrated_heads at 0.")
+
+    def _draw(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """The tensors that make up the projection, by the names under which they are saved."""
+        row_norm = kernel_of(self.kernel_key).row_norm
+        norm = None if row_norm is None else row_norm * self.head_dim**0.5
+        if self.projection_name is None:
+            return {"projection": torch.eye(self.head_dim)}
+        if self.projection_name == "hadamard":
+            signs, norms = hadamard_signs(self.num_features, self.head_dim, generator)
+            if norm is not None:
+                norms *= norm / hadamard_rows(signs, norms, self.head_dim).norm(dim=1)
+            return {"signs": signs, "norms": norms}
+        rows = PROJECTIONS[self.projection_name](self.num_features, self.head_dim, generator)
+        if norm is not None:
+            rows = nn.functional.normalize(rows.double(), dim=1).mul(norm).float()
+        return {"projection": rows}
+
+    def _matrix(self) -> Tensor:
+        if self.projection_name == "hadamard":
+            return hadamard_rows(self.signs, self.norms, self.head_dim)
+        return self.projection
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "projection" and "signs" in self.__dict__.get("_buffers", {}):
+            return self._matrix()
+        return super().__getattr__(name)
 
     @property
     def size(self) -> int:
@@ -214,18 +296,151 @@ class FavorFeatures(nn.Module):
         kernel = kernel_of(self.kernel_key)
         return self.num_features * (2 if kernel.both_signs or kernel.doubles else 1)
 
+    @property
+    def _proposal_kind(self) -> str | None:
+        return kernel_of(self.kernel_key).proposal
+
+    @property
+    def _calibration(self) -> Proposal | None:
+        buffers = [self._buffers.get(name) for name in _BUFFERS]
+        return None if any(buffer is None for buffer in buffers) else Proposal(*buffers)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether `calibrate_` has set parameters, or a state_dict has brought them. True of kernels that need none."""
+        return self._proposal_kind is None or self._calibration is not None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FavorFeatures:
         # `model.to(torch.bfloat16)` must not round W: its rows would lose their orthogonality and their norms.
-        projection = self.projection
+        before = {
+            name: tensor.data
+            for name, tensor in (*self._buffers.items(), *self._parameters.items())
+            if tensor is not None
+        }
         super()._apply(fn, recurse)
-        if self.projection.dtype != projection.dtype:
-            self.projection = projection.to(self.projection.device)
+        for name, exact in before.items():
+            tensor: Tensor = getattr(self, name)
+            if tensor.dtype != exact.dtype:
+                tensor.data = exact.to(tensor.device)
         return self
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # A calibration is loaded whatever the number of its heads is; without one in the file there is none afterwards.
+        if self._proposal_kind is not None:
+            for name in _BUFFERS:
+                saved, own = state_dict.get(prefix + name), self._buffers[name]
+                if saved is None or own is None or own.shape != saved.shape:
+                    self._buffers[name] = None if saved is None else self._like().new_empty(saved.shape)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
     def redraw_(self, generator: torch.Generator) -> None:
-        """Draw a new projection, in place, from a CPU generator. Nothing else ever changes it."""
-        with torch.no_grad():
-            self.projection.copy_(self._draw(generator))
+        """Draw a new projection, in place, from a CPU generator. A calibration stays as it is.
+
+        Raises:
+            UnsupportedError: the projection is trainable: a new draw would throw away what was learned.
+        """
+        if self.trainable:
+            raise UnsupportedError(
+                "a trainable projection is learned and never redrawn: a new draw would undo the training."
+            )
+        with torch.no_grad(), torch.device("cpu"):
+            for name, tensor in self._draw(generator).items():
+                self.get_buffer(name).copy_(tensor)
+
+    def calibrate_(
+        self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None = None, scale: float | None = None
+    ) -> FavorFeatures:
+        """Fit the features of "softmax-optimal" or "softmax-sharp" to queries and keys, head by head, and keep the result.
+
+        The parameters are closed forms of means and second moments of all real tokens of the batch. They are saved in the
+        state_dict, serve bidirectional, causal, packed and streamed attention alike, and stay when the projection is redrawn.
+
+        Not calibrated, bidirectional attention of unpacked sequences takes these moments from each sequence and head on its
+        own, from its real tokens, without a gradient; all other attention is then exactly FAVOR+ and says so once
+        (`UncalibratedWarning`), because the future must not be looked at.
+
+        Arguments:
+            query: (B, H, Lq, D), as attention will get them (after rotary positions).
+            key: (B, Hkv, Lk, D), H a multiple of Hkv.
+            key_padding_mask: (B, Lk) bool, True for a real token; holds for the queries, too, if Lq is Lk.
+            scale: of q.k, 1 / sqrt(D) when None.
+
+        Returns:
+            These features.
+
+        Raises:
+            InputError: shapes that do not go together, tokens that are not finite, or no token at all.
+            UnsupportedError: the kernel has nothing to calibrate.
+        """
+        kind = self._proposal_kind
+        if kind is None:
+            raise UnsupportedError(
+                f"kernel={self.kernel!r} has nothing to calibrate: 'softmax-sharp' and 'softmax-optimal' have."
+            )
+        for name, x in (("query", query), ("key", key)):
+            if x.dim() != 4 or x.shape[-1] != self.head_dim:
+                raise InputError(
+                    f"{name} has shape {tuple(x.shape)}, expected (batch, heads, length, {self.head_dim})."
+                )
+        if query.shape[0] != key.shape[0] or query.shape[1] % key.shape[1]:
+            raise InputError(f"query {tuple(query.shape)} and key {tuple(key.shape)} differ in batch or heads.")
+        if key_padding_mask is not None and key_padding_mask.shape != (key.shape[0], key.shape[2]):
+            raise InputError(
+                f"key_padding_mask has shape {tuple(key_padding_mask.shape)}, expected {(key.shape[0], key.shape[2])}."
+            )
+        if (
+            query.numel() == 0
+            or key.numel() == 0
+            or (key_padding_mask is not None and not bool(key_padding_mask.any()))
+        ):
+            raise InputError("there is no token to calibrate with.")
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        found = [
+            moments(x, real, pooled=True)
+            for x, real in zip((query, key), _real(query, key, key_padding_mask), strict=True)
+        ]
+        if not all(bool(tensor.isfinite().all()) for moment in found for tensor in moment):
+            raise InputError("the tokens to calibrate with are not finite numbers, or their squares are not.")
+        query_moments, key_moments = (Moments(*(tensor.double() for tensor in moment)) for moment in found)
+        fitted = fit(kind, query_moments, key_moments, attention_scale(scale, self.head_dim))
+        for name, tensor in zip(_BUFFERS, fitted, strict=True):
+            self._buffers[name] = tensor.float().to(self._like().device)
+        return self
+
+    def _like(self) -> Tensor:
+        """A float32 tensor on the device where this module's tensors are."""
+        return self.norms if self.projection_name == "hadamard" else self.projection
+
+    def _proposal(
+        self, query: Tensor, key: Tensor, scale: float, key_padding_mask: Tensor | None, may_look: bool
+    ) -> Proposal | None:
+        """The proposal for this call, None for plain FAVOR+."""
+        kind, calibration = self._proposal_kind, self._calibration
+        if kind is None:
+            return None
+        if calibration is not None:
+            heads = calibration.balance.shape[0]
+            if heads not in (1, query.shape[1]):
+                raise InputError(f"features were calibrated for {heads} heads, but the query has {query.shape[1]}.")
+            return Proposal(*(tensor.unsqueeze(0) for tensor in calibration))
+        if may_look:
+            with torch.no_grad():
+                real = _real(query, key, key_padding_mask)
+                return fit(kind, moments(query, real[0]), moments(key, real[1]), scale)
+        if not self._warned:
+            self._warned = _say_uncalibrated(str(self.kernel))
+        return None
 
     def rows(
         self,
@@ -238,32 +453,65 @@ class FavorFeatures(nn.Module):
         cu_seqlens: Tensor | None = None,
         streaming: bool = False,
     ) -> FeatureRows:
-        """The features in the form that the attention kernels take."""
+        """The features in the form that the attention kernels take, for one call of attention.
+
+        Arguments:
+            query: (B, H, Lq, D).
+            key: (B, H, Lk, D), heads already repeated.
+            scale: of q.k.
+            is_causal, key_padding_mask, cu_seqlens: as in `favor_attention`.
+            streaming: a state is given or asked for.
+
+        Returns:
+            Rows that are shared by sequences and heads, by sequences (calibrated), or of every sequence and head.
+        """
         kernel = kernel_of(self.kernel_key)
         dtype = torch.promote_types(query.dtype, torch.float32)
+        may_look = not (is_causal or streaming or cu_seqlens is not None)
         with torch.autocast(query.device.type, enabled=False):
-            rows = feature_rows(self.projection, kernel).to(query.device, dtype)[None, None] * scale**0.5
+            matrix = self._matrix().to(query.device, dtype)
+            proposal = self._proposal(query, key, scale, key_padding_mask, may_look)
+            if proposal is not None:
+                moved = Proposal(*(tensor.to(query.device, dtype) for tensor in proposal))
+                return FeatureRows(*moved.feature_rows(matrix, scale))
+            rows = feature_rows(matrix, kernel)[None, None] * scale**0.5
             norm = kernel.norm if kernel.exponential or kernel.weighted else 0.0
             metric = rows.new_full((1, 1, self.head_dim), scale * norm)
             return FeatureRows(rows, rows, metric, rows.new_zeros(1, 1, self.size))
 
-    def forward(self, x: Tensor, scale: float | None = None) -> Tensor:
+    def project(self, x: Tensor) -> Tensor:
+        """W x, (..., M), in the type of x (..., D); by a fast Hadamard transform where the projection is "hadamard"."""
+        if self.projection_name == "hadamard":
+            return hadamard_project(x, self.signs, self.norms)
+        return x @ self.projection.to(x.dtype).T
+
+    def forward(self, x: Tensor, scale: float | None = None, side: str = "query") -> Tensor:
         """phi(x), whose products phi(q).phi(k) estimate the kernel without bias.
 
         Arguments:
-            x: queries or keys, of shape (..., D).
+            x: queries or keys, of shape (..., D); (..., H, L, D) for features that were calibrated for several heads.
             scale: of q.k; 1 / sqrt(D) when None. Each of q and k is multiplied by its square root.
+            side: "query" or "key". Only calibrated "softmax-sharp" features tell them apart; uncalibrated ones are FAVOR+.
 
         Returns:
             A tensor of shape (..., `size`), in float32 at least. The softmax features of far-out tokens overflow here, as the
             kernel itself does; attention never forms them.
         """
-        kernel = kernel_of(self.kernel_key)
+        if side not in ("query", "key"):
+            raise InputError(f"side={side!r} is not known: expected 'query' or 'key'.")
+        kernel, calibration = kernel_of(self.kernel_key), self._calibration
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32)) * attention_scale(scale, self.head_dim) ** 0.5
-            u = x @ feature_rows(self.projection, kernel).to(x.dtype).T
+            if calibration is not None:
+                if calibration.balance.shape[0] == 1:
+                    calibration = Proposal(*(tensor.squeeze(0) for tensor in calibration))
+                calibration = Proposal(*(tensor.to(x.dtype) for tensor in calibration))
+                log_phi = calibration.log_features(self._matrix().to(x.dtype), x, side == "query")
+                return torch.exp(log_phi) * self.size**-0.5
+            u = self.project(x)
             log_weight = x.square().sum(-1, keepdim=True) * (-kernel.norm / 2)
             if kernel.function is None:
+                u = torch.cat([u, -u], -1) if kernel.both_signs else u
                 return torch.exp(u + log_weight) * self.size**-0.5
             phi = kernel.function(u) * self.num_features**-0.5
             return phi * torch.exp(log_weight) if kernel.weighted else phi
@@ -271,13 +519,34 @@ class FavorFeatures(nn.Module):
     def extra_repr(self) -> str:
         """What `print(features)` shows."""
         kernel = self.kernel if isinstance(self.kernel, str) else getattr(self.kernel, "__name__", "callable")
-        return (
+        shown = (
             f"{self.head_dim}, num_features={self.num_features}, kernel={kernel!r}, projection={self.projection_name!r}"
         )
+        if self.trainable:
+            shown += ", trainable=True"
+        if self.compatibility is not None:
+            shown += f", compatibility={self.compatibility!r}"
+        return shown if self._calibration is None else f"{shown}, calibrated_heads={self._calibration.balance.shape[0]}"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.kernel_key = _key_of(self.kernel)
+
+
+@torch.compiler.assume_constant_result  # so that it is said while compiling, and does not break the graph
+def _say_uncalibrated(kernel: str) -> bool:
+    warnings.warn(
+        f"kernel={kernel!r} is not calibrated: causal, packed and streamed attention use plain FAVOR+ instead. "
+        "Call features.calibrate_(query, key) on some tokens first.",
+        UncalibratedWarning,
+        stacklevel=6,
+    )
+    return True
+
+
+def _real(query: Tensor, key: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Which queries and which keys are real. Of queries that are not the keys' own tokens nothing is known."""
+    return (key_padding_mask if query.shape[2] == key.shape[2] else None), key_padding_mask
 
 
 def feature_rows(projection: Tensor, kernel: Kernel) -> Tensor:

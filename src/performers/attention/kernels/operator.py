@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from performers.attention.features import FavorFeatures, FeatureRows, kernel_of
-from performers.attention.kernels import chunked
+from performers.attention.kernels import chunked, native, triton_backend
 from performers.attention.kernels.reference import reference
 from performers.attention.kernels.state import StateTensors, compute_dtype
 from performers.errors import InputError
@@ -30,20 +30,7 @@ class Backend(Protocol):
 
 
 # In the order in which "auto" asks them.
-_BACKENDS: dict[str, Backend] = {}
-try:
-    from performers.attention.kernels import triton_backend
-
-    _BACKENDS["triton"] = triton_backend
-except ImportError:
-    pass
-try:
-    from performers.attention.kernels import native
-
-    _BACKENDS["native"] = native
-except ImportError:
-    pass
-_BACKENDS["chunked"] = chunked
+_BACKENDS: dict[str, Backend] = {"triton": triton_backend, "native": native, "chunked": chunked}
 BACKENDS = ("auto", "reference", *_BACKENDS)
 
 
@@ -104,20 +91,27 @@ def attend(
             is_causal=is_causal,
         )
     fast = features.precision == "fast"
-    chosen = _choose(backend, query, key, value, rows, kernel, fast)
+    learned = any(x.requires_grad for x in rows[:2])
     out, _, *after = _forward(
-        query, key, value, *rows, *state, key_padding_mask, cu_seqlens, kernel, is_causal, fast, chosen
+        query, key, value, *rows, *state, key_padding_mask, cu_seqlens, kernel, is_causal, fast, backend, learned
     )
     return out, StateTensors(*after)
 
 
-def _choose(backend: str, query: Tensor, key: Tensor, value: Tensor, rows: FeatureRows, kernel: str, fast: bool) -> str:
+def _choose(
+    backend: str, query: Tensor, key: Tensor, value: Tensor, rows: FeatureRows, kernel: str, fast: bool, learned: bool
+) -> Backend:
+    """The backend to compute with, the same one in the forward and in the backward operator.
+
+    It is chosen inside of them: looking for a compiler or for Triton is nothing that `torch.compile` could trace.
+    """
     for name in _BACKENDS if backend == "auto" else (backend,):
-        if _BACKENDS[name].supports(query, key, value, rows, kernel, fast):
-            return name
+        gives_gradients = name == "chunked" or not learned
+        if gives_gradients and _BACKENDS[name].supports(query, key, value, rows, kernel, fast):
+            return _BACKENDS[name]
     raise InputError(
         f"backend={backend!r} cannot compute kernel={kernel!r} for {query.dtype} on {query.device.type} with head size "
-        f"{query.shape[-1]} here; backend='auto' finds one that can."
+        f"{query.shape[-1]}{' and learned rows' if learned else ''} here; backend='auto' finds one that can."
     )
 
 
@@ -144,13 +138,15 @@ def _forward(
     is_causal: bool,
     fast: bool,
     backend: str,
+    learned: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = FeatureRows(query_rows, key_rows, metric, bias)
     with torch.autocast(query.device.type, enabled=False):
-        out, normaliser, after = _BACKENDS[backend].forward(
+        out, normaliser, after = _choose(backend, query, key, value, rows, kernel, fast, learned).forward(
             query,
             key,
             value,
-            FeatureRows(query_rows, key_rows, metric, bias),
+            rows,
             StateTensors(numerator, denominator, log_scale),
             key_padding_mask,
             cu_seqlens,
@@ -201,10 +197,10 @@ def _backward(
     backend: str,
     learned: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    # Only the chunked backend gives gradients of the rows, and says so in its `supports`.
+    rows = FeatureRows(query_rows, key_rows, metric, bias)
     wanted = {"learned": True} if learned else {}
     with torch.autocast(query.device.type, enabled=False):
-        gradients = _BACKENDS[backend].backward(
+        gradients = _choose(backend, query, key, value, rows, kernel, fast, learned).backward(
             d_out,
             d_numerator,
             d_denominator,
@@ -213,7 +209,7 @@ def _backward(
             query,
             key,
             value,
-            FeatureRows(query_rows, key_rows, metric, bias),
+            rows,
             StateTensors(numerator, denominator, log_scale),
             key_padding_mask,
             cu_seqlens,
@@ -239,18 +235,17 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, kernel, is_causal, fast, backend = inputs
+    *tensors, kernel, is_causal, fast, backend, learned = inputs
     ctx.save_for_backward(*output[1:], *tensors)
     ctx.mark_non_differentiable(output[1], output[4])
-    ctx.arguments = (kernel, is_causal, fast, backend)
+    ctx.arguments = (kernel, is_causal, fast, backend, learned)
 
 
 def _backward_of(ctx: Any, d_out: Tensor, _: Tensor, d_numerator: Tensor, d_denominator: Tensor, __: Tensor) -> Any:
-    learned = any(ctx.needs_input_grad[3:5])
-    gradients = _backward(d_out, d_numerator, d_denominator, *ctx.saved_tensors, *ctx.arguments, learned)
+    gradients = _backward(d_out, d_numerator, d_denominator, *ctx.saved_tensors, *ctx.arguments)
     d_q, d_k, d_v, d_past_numerator, d_past_denominator, *d_rows = gradients
-    d_rows = d_rows if learned else [None, None]
-    return d_q, d_k, d_v, *d_rows, None, None, d_past_numerator, d_past_denominator, *[None] * 7
+    d_rows = d_rows if ctx.arguments[-1] else [None, None]
+    return d_q, d_k, d_v, *d_rows, None, None, d_past_numerator, d_past_denominator, *[None] * 8
 
 
 _forward.register_autograd(_backward_of, setup_context=_setup_context)
