@@ -6,7 +6,7 @@ a head size, a seed and the mechanism's own keyword arguments, and called with q
 
 from performers.attention.exact import ExactAttention, ExactState, exact_attention
 from performers.attention.favor import FavorAttention, FavorState, favor_attention
-from performers.attention.features import FavorFeatures
+from performers.attention.features import FavorFeatures, UncalibratedWarning
 from performers.attention.reformer import ReformerAttention, reformer_attention
 from performers.attention.sparse import SparseAttention, sparse_attention, sparse_pattern
 from performers.attention.visibility import visible_keys
@@ -27,6 +27,7 @@ __all__ = [
     "FavorState",
     "ReformerAttention",
     "SparseAttention",
+    "UncalibratedWarning",
     "exact_attention",
     "favor_attention",
     "reformer_attention",

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from performers.attention.arguments import segments
 from performers.attention.features import FavorFeatures, FeatureRows, kernel_of
 from performers.attention.kernels import chunked, native, triton_backend
 from performers.attention.kernels.reference import reference
@@ -140,6 +141,8 @@ def _forward(
     backend: str,
     learned: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if cu_seqlens is not None:
+        segments(cu_seqlens, query.shape[2])  # refuses offsets that do not rise; a backend may take them as they are
     rows = FeatureRows(query_rows, key_rows, metric, bias)
     with torch.autocast(query.device.type, enabled=False):
         out, normaliser, after = _choose(backend, query, key, value, rows, kernel, fast, learned).forward(
