@@ -464,4 +464,5 @@ def test_mechanisms_have_one_interface() -> None:
         mechanism = case.make(24, 50)
         assert isinstance(mechanism, nn.Module)
         assert isinstance(mechanism.redraws_by_default, bool)
+        assert isinstance(mechanism.has_fixed_state, bool)
         mechanism.redraw_(torch.Generator().manual_seed(0))

@@ -132,6 +132,8 @@ class ExactAttention(nn.Module):
         seed: likewise.
     """
 
+    has_fixed_state = False  # the state is every key and value
+
     def __init__(self, head_dim: int, seed: int = 0) -> None:
         super().__init__()
 

@@ -249,3 +249,11 @@ class FavorAttention(nn.Module):
     def redraws_by_default(self) -> bool:
         """Whether training gains from redrawing: it does for estimates of the softmax kernel (2009.14794, appendix D.2)."""
         return str(self.features.kernel).startswith("softmax") and not self.features.trainable
+
+    @property
+    def has_fixed_state(self) -> bool:
+        """Whether any number of keys goes into a state of fixed size and is read from it to the same answer.
+
+        Not so the published formula, nor features that would be fitted to each sequence as a whole.
+        """
+        return self.features.compatibility is None and self.features.is_calibrated

@@ -235,6 +235,7 @@ class ReformerAttention(nn.Module):
     """
 
     rotation_seed: Tensor
+    has_fixed_state = False  # the state is every key and value
     shares_query_and_key = True  # a model leaves the projection of keys out
 
     def __init__(self, head_dim: int, seed: int = 0, *, num_hashes: int = 4, bucket_size: int = 64) -> None:

@@ -162,6 +162,8 @@ class SparseAttention(nn.Module):
         pattern, stride, summary: as in `sparse_attention`. The stride of a model is fixed (128, the paper's) unless it is None.
     """
 
+    has_fixed_state = False  # the state is every key and value
+
     def __init__(
         self,
         head_dim: int,
