@@ -19,7 +19,7 @@ from performers import (
 )
 from performers.errors import InputError, UnsupportedError
 from performers.models import PerformerCache
-from performers.models.modeling_performer import PerformerRotary, rotate
+from performers.models.modeling_performer import DropoutKeys, PerformerRotary, rotate
 
 from .conftest import PROTEINS, gradients, recompute_activations, residues
 
@@ -301,7 +301,7 @@ def test_dropout_with_keys_does_not_depend_on_threads(make: Make) -> None:
         dropped = []
         for number in (1, 2):
             torch.set_num_threads(number)
-            dropped.append(model.embed_dropout(hidden, torch.tensor([5])))
+            dropped.append(model.embed_dropout(hidden, DropoutKeys(torch.tensor([5]), 0, 4096)))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*dropped)
