@@ -61,7 +61,10 @@ class PerformerConfig(PreTrainedConfig):
             initialised smaller by sqrt(2 * num_hidden_layers), as in GPT-2.
         tie_word_embeddings: whether the output layer of a language model is the embedding matrix.
         chunk_size_feed_forward: tokens of a sequence that go through a feed-forward block (or the output layer and its loss)
-            at a time, the rest being recomputed in the backward pass; bounds their memory. 0 for all at once.
+            at a time, each chunk being recomputed in the backward pass; bounds their memory. 0 for all at once.
+        chunk_size_layer: tokens of a sequence that go through a whole layer at a time, each chunk being recomputed in the
+            backward pass: for a longer sequence only the inputs of the layers are kept. 0 for all at once. Layers of exact
+            attention, packed sequences and compiled models take all at once in any case.
         seed: of the random projections; layer i draws from derive_seed(seed, "projection", i).
         pad_token_id, bos_token_id, eos_token_id, mask_token_id: as in the residue alphabet.
         kwargs: the keys of every Hugging Face configuration, as `num_labels`, `id2label`, `problem_type` or `dtype`.
@@ -85,7 +88,8 @@ class PerformerConfig(PreTrainedConfig):
     layer_norm_eps: Positive = 1e-5
     initializer_range: Positive = 0.02
     tie_word_embeddings: bool = True
-    chunk_size_feed_forward: Annotated[int, Field(ge=0)] = 4096
+    chunk_size_feed_forward: Annotated[int, Field(ge=0)] = 16_384
+    chunk_size_layer: Annotated[int, Field(ge=0)] = 16_384
     seed: int = 0
     pad_token_id: Token = PAD
     bos_token_id: Token = BOS

@@ -4,19 +4,20 @@ Token ids (or embeddings) come in, hidden states, logits and losses go out. A la
 attention, a GELU feed-forward block. What attention computes is not known here: each layer has one of
 `performers.attention.MECHANISMS`, by name, and asks it for outputs and, when decoding, for a state to carry on from.
 
-Memory is linear in the length L with a small constant: nothing of size L x L, L x M (random features), L x intermediate_size
-or, in training, L x vocab_size is kept for the backward pass. The long ones among these are recomputed, a chunk of tokens at a
-time.
+Memory is linear in the length L with a small constant: nothing of size L x L or L x M (random features) is ever kept. Where a
+sequence is long, whole layers run a chunk of tokens at a time and are recomputed in the backward pass (see `chunking`), so that
+nothing else of length L is kept than a layer's input, nor are the inner vectors of a feed-forward block or the logits.
 """
 
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -41,10 +42,13 @@ from transformers.utils.generic import can_return_tuple
 
 from performers.attention import MECHANISMS
 from performers.errors import CheckpointError, ConfigError, InputError, UnsupportedError
+from performers.models.chunking import run_in_chunks
 from performers.models.configuration_performer import PerformerConfig
 from performers.randomness import derive_seed
 
 IGNORED = -100  # Hugging Face's label of a token that does not count
+TOKENS_TURNED = 512  # at a time by the rotary positions
+TOKENS_DRAWN = 512  # whose dropout comes from one seed: a chunk of a sequence draws no more than it needs
 
 
 class PerformerCache(Cache):
@@ -117,28 +121,48 @@ def map_chunks(function: Callable[..., Tensor], size: int, *tensors: Tensor) -> 
 
 
 @torch.library.custom_op("performers::keyed_dropout", mutates_args=())
-def keyed_dropout(hidden: Tensor, keys: Tensor, probability: float, layer: int, site: str) -> Tensor:
-    """Dropout as a pure function of keys: the same key drops the same elements in any batch, process or replay.
+def keyed_dropout(
+    hidden: Tensor, keys: Tensor, probability: float, layer: int, site: str, start: int, length: int
+) -> Tensor:
+    """Dropout as a pure function of keys: the same key drops the same elements in any batch, process, chunk or replay.
 
     The backward pass draws the mask again instead of keeping it.
 
     Arguments:
-        hidden: of shape (B, L, d).
-        keys: integers of shape (R,). The B x L tokens are R spans of equal length, one after the other, a key each.
-        probability: of an element to be dropped; the others are divided by 1 - probability.
+        hidden: of shape (B, C, d): C tokens of each of B rows.
+        keys: integers of shape (R,). The tokens of the B rows are R spans of equal length, one after the other, a key each.
+        probability: of an element to be dropped, to the nearest 1/65536; the others are divided by 1 - probability.
         layer, site: where in the model this is; each place draws on its own.
+        start, length: the C tokens are those from `start` on of rows of `length` tokens.
     """
-    spans = hidden.reshape(len(keys), -1)
-    dropped = torch.empty_like(spans)
+    rows, tokens, width = hidden.shape
+    dropped = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    if not hidden.numel():
+        return dropped
+    limit = min(round(probability * 65536), 65535)
+    scale = 65536 / (65536 - limit)
+    span, numbers = rows * length // len(keys), keys.tolist()
     generator = torch.Generator(hidden.device)
-    for key, span, out in zip(keys.tolist(), spans, dropped, strict=True):
-        generator.manual_seed(derive_seed(key, "dropout", layer, site))
-        out.bernoulli_(1 - probability, generator=generator).mul_(span).div_(1 - probability)
-    return dropped.view(hidden.shape)
+    # Sixteen bits an element, four elements a draw.
+    draws = torch.empty(-(-min(span, TOKENS_DRAWN) * width // 4), dtype=torch.int64, device=hidden.device)
+    for row in range(rows):
+        done = 0
+        while done < tokens:
+            key, offset = divmod(row * length + start + done, span)
+            block, skipped = divmod(offset, TOKENS_DRAWN)
+            count = min(tokens - done, span - offset, TOKENS_DRAWN - skipped)
+            generator.manual_seed(derive_seed(numbers[key], "dropout", layer, site, block))
+            bits = draws[: -(-(skipped + count) * width // 4)].random_(-(2**63), None, generator=generator)
+            lanes = bits.view(torch.int16)[skipped * width : (skipped + count) * width]
+            kept = lanes.ge_(limit - 32768).view(count, width).to(hidden.dtype)
+            piece = dropped[row, done : done + count]
+            torch.mul(hidden[row, done : done + count], scale, out=piece).mul_(kept)
+            done += count
+    return dropped
 
 
 @keyed_dropout.register_fake
-def _(hidden: Tensor, keys: Tensor, probability: float, layer: int, site: str) -> Tensor:
+def _(hidden: Tensor, keys: Tensor, probability: float, layer: int, site: str, start: int, length: int) -> Tensor:
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
 
@@ -147,11 +171,19 @@ def _save_keys(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(keys)
 
 
-def _drop_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-    return keyed_dropout(gradient, *ctx.saved_tensors, *ctx.place), None, None, None, None
+def _drop_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
+    return keyed_dropout(gradient, *ctx.saved_tensors, *ctx.place), None, None, None, None, None, None
 
 
 keyed_dropout.register_autograd(_drop_gradient, setup_context=_save_keys)
+
+
+class DropoutKeys(NamedTuple):
+    """The keys of a batch, and which of its tokens are at hand: those from `start` on of rows of `length` tokens."""
+
+    keys: Tensor
+    start: int
+    length: int
 
 
 class PerformerDropout(nn.Module):
@@ -161,13 +193,14 @@ class PerformerDropout(nn.Module):
         super().__init__()
         self.p, self.site, self.layer_idx = probability, site, layer_idx
 
-    def forward(self, hidden: Tensor, keys: Tensor | None) -> Tensor:
+    def forward(self, hidden: Tensor, dropout_keys: DropoutKeys | None) -> Tensor:
         """`hidden` of shape (B, L, d), with elements dropped in training."""
         if not self.training or self.p == 0:
             return hidden
-        if keys is None:
+        if dropout_keys is None:
             return F.dropout(hidden, self.p)
-        return keyed_dropout(hidden, keys, self.p, self.layer_idx, self.site)
+        keys, start, length = dropout_keys
+        return keyed_dropout(hidden, keys, self.p, self.layer_idx, self.site, start, length)
 
 
 class PerformerRotary(nn.Module):
@@ -191,8 +224,47 @@ class PerformerRotary(nn.Module):
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Queries or keys of shape (B, H, L, D), turned in the planes (i, i + D / 2)."""
     cos, sin = rotary
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    if torch.compiler.is_compiling():  # which fuses the formula itself
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    turned = _Rotation.apply(x, cos, sin)
+    assert isinstance(turned, Tensor)
+    return turned
+
+
+class _Rotation(torch.autograd.Function):
+    """A rotation, whose gradient turns back; a piece that stays in cache at a time, in the memory layout of `x`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(gradients[0], cos, sin, -1), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    out, half = torch.empty_like(x), x.shape[-1] // 2
+    wide = torch.promote_types(x.dtype, cos.dtype)
+    for start in range(0, x.shape[2], TOKENS_TURNED):
+        rows = slice(start, start + TOKENS_TURNED)
+        first, second = x[:, :, rows].to(wide).chunk(2, dim=-1)
+        c, s = cos[:, :, rows], sin[:, :, rows]
+        out[:, :, rows, :half] = (first * c).addcmul_(second, s, value=-sign)
+        out[:, :, rows, half:] = (second * c).addcmul_(first, s, value=sign)
+    return out
+
+
+def rounded(hidden: Tensor) -> Tensor:
+    """`hidden` in the type that autocast computes products in: once, where several take it."""
+    kind = hidden.device.type
+    return hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
 
 
 class ResidualLinear(nn.Linear):
@@ -223,14 +295,11 @@ class PerformerAttention(nn.Module):
         return_state: bool,
     ) -> tuple[Tensor, Any]:
         """The outputs, of shape (B, L, d), and the state after the last token, if asked for."""
-        q, k, v = (
-            project(hidden).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        hidden = rounded(hidden)
         out = self.mechanism(
-            rotate(q, rotary),
-            rotate(k, rotary),
-            v,
+            rotate(self._heads(self.q_proj, hidden), rotary),
+            rotate(self._heads(self.k_proj, hidden), rotary),
+            self._heads(self.v_proj, hidden),
             is_causal=self.is_causal,
             key_padding_mask=key_padding_mask,
             cu_seqlens=cu_seqlens,
@@ -239,6 +308,28 @@ class PerformerAttention(nn.Module):
         )
         out, state = out if return_state else (out, None)
         return self.out_proj(out.transpose(1, 2).flatten(2)), state
+
+    @property
+    def has_fixed_state(self) -> bool:
+        """Whether the mechanism can put any number of keys into a state of fixed size, and read it without them."""
+        return getattr(self.mechanism, "has_fixed_state", hasattr(self.mechanism, "features"))
+
+    def absorb(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], key_padding_mask: Tensor | None, state: Any) -> Any:
+        """The state after these tokens, given the one before."""
+        hidden = rounded(hidden)
+        k, v = rotate(self._heads(self.k_proj, hidden), rotary), self._heads(self.v_proj, hidden)
+        _, state = self.mechanism(k[:, :, :0], k, v, key_padding_mask=key_padding_mask, state=state, return_state=True)
+        return state
+
+    def read(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], state: Any) -> Tensor:
+        """What these tokens read from a state that holds all that they see."""
+        q = rotate(self._heads(self.q_proj, hidden), rotary)
+        out = self.mechanism(q, q[:, :, :0], q[:, :, :0], state=state)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def _heads(self, project: nn.Module, hidden: Tensor) -> Tensor:
+        """Queries, keys or values (B, H, L, D)."""
+        return project(hidden).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class PerformerFeedForward(nn.Module):
@@ -263,6 +354,7 @@ class PerformerLayer(GradientCheckpointingLayer):
     def __init__(self, config: PerformerConfig, layer_idx: int, is_causal: bool) -> None:
         super().__init__()
         self.layer_idx = layer_idx
+        self.chunk_size = config.chunk_size_layer
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = PerformerAttention(config, layer_idx, is_causal)
         self.attention_dropout = PerformerDropout(config.hidden_dropout_prob, "attention", layer_idx)
@@ -276,19 +368,53 @@ class PerformerLayer(GradientCheckpointingLayer):
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         past_key_values: PerformerCache | None = None,
-        dropout_keys: Tensor | None = None,
+        dropout_keys: DropoutKeys | None = None,
     ) -> Tensor:
         """The residual stream after this layer, (B, L, d); the layer's state in the cache, if there is one, is moved on."""
-        attended, state = self.attention(
-            self.attention_norm(hidden),
-            rotary,
-            key_padding_mask,
-            cu_seqlens,
-            state=None if past_key_values is None else past_key_values.states[self.layer_idx],
-            return_state=past_key_values is not None,
-        )
         if past_key_values is not None:
-            past_key_values.states[self.layer_idx] = state
+            past = past_key_values.states[self.layer_idx]
+            hidden, past_key_values.states[self.layer_idx] = self.advance(
+                hidden, rotary, key_padding_mask, dropout_keys, cu_seqlens, past, return_state=True
+            )
+            return hidden
+        if cu_seqlens is None and self.runs_in_chunks(hidden.shape[1]):
+            return run_in_chunks(self, hidden, rotary, key_padding_mask, dropout_keys)
+        return self.advance(hidden, rotary, key_padding_mask, dropout_keys, cu_seqlens)[0]
+
+    def runs_in_chunks(self, length: int) -> bool:
+        """Whether a sequence of so many tokens goes through this layer a chunk at a time."""
+        return (
+            0 < self.chunk_size < length
+            and self.attention.has_fixed_state
+            and not torch.compiler.is_compiling()  # a graph would hold every chunk
+        )
+
+    def advance(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        key_padding_mask: Tensor | None,
+        dropout_keys: DropoutKeys | None,
+        cu_seqlens: Tensor | None = None,
+        state: Any = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, Any]:
+        """The residual stream after this layer, and the state after these tokens, if asked for."""
+        normed = self.attention_norm(hidden)
+        attended, state = self.attention(normed, rotary, key_padding_mask, cu_seqlens, state, return_state)
+        return self._add(hidden, attended, dropout_keys), state
+
+    def absorb(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], key_padding_mask: Tensor | None, state: Any) -> Any:
+        """The state of a bidirectional layer after these tokens, given the one before."""
+        return self.attention.absorb(self.attention_norm(hidden), rotary, key_padding_mask, state)
+
+    def read(
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], state: Any, dropout_keys: DropoutKeys | None
+    ) -> Tensor:
+        """The residual stream after a bidirectional layer, given the state after all tokens."""
+        return self._add(hidden, self.attention.read(self.attention_norm(hidden), rotary, state), dropout_keys)
+
+    def _add(self, hidden: Tensor, attended: Tensor, dropout_keys: DropoutKeys | None) -> Tensor:
         hidden = hidden + self.attention_dropout(attended, dropout_keys)
         return hidden + self.feed_forward_dropout(self.feed_forward(hidden), dropout_keys)
 
@@ -350,6 +476,11 @@ class PerformerPreTrainedModel(PreTrainedModel):
         return any(
             module.mechanism.redraws_by_default for module in self.modules() if isinstance(module, PerformerAttention)
         )
+
+    @property
+    def has_fixed_states(self) -> bool:
+        """Whether every layer's attention state has a fixed size, so that sequences can be read chunk by chunk."""
+        return all(module.has_fixed_state for module in self.modules() if isinstance(module, PerformerAttention))
 
     def redraw_features_(self, seed: int, step: int) -> None:
         """Draw the random features of every layer anew, in place, as a pure function of (seed, step, layer)."""
@@ -414,7 +545,8 @@ class PerformerModel(PerformerPreTrainedModel):
             past_key_values: the state to go on from; it is moved on in place. Causal models only.
             use_cache: whether to return a state where none is given.
             dropout_keys: (R,) integers. The B x L tokens are R equal spans, and each drops elements as a pure function of its
-                key. Without them torch's global generator is used.
+                key; with `past_key_values` one key per row, for all of its tokens. Without them torch's global generator is
+                used.
             output_hidden_states: whether to return the embeddings and every layer's output, the last one after the final norm.
 
         Raises:
@@ -432,6 +564,12 @@ class PerformerModel(PerformerPreTrainedModel):
             past_key_values = PerformerCache(self.config.num_hidden_layers)
         seen = 0 if past_key_values is None else self._tokens_seen(past_key_values)
         _check_inputs(hidden, seen, attention_mask, position_ids, cu_seqlens, dropout_keys)
+        layers: Any = self.layers
+        in_chunks = past_key_values is None and cu_seqlens is None
+        in_chunks = in_chunks and any(layer.runs_in_chunks(hidden.shape[1]) for layer in layers)
+        if dropout_keys is None and in_chunks and self.training:
+            dropout_keys = torch.randint(2**62, (1,))  # what runs in chunks is replayed, and drops the same then
+        dropout = None if dropout_keys is None else DropoutKeys(dropout_keys, seen, seen + hidden.shape[1])
         key_padding_mask = None if attention_mask is None else attention_mask[:, seen:].bool()
         rotary = self.rotary(
             _positions(hidden, seen, attention_mask, cu_seqlens) if position_ids is None else position_ids
@@ -439,7 +577,9 @@ class PerformerModel(PerformerPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
 
-        hidden = self.embed_dropout(hidden, dropout_keys)
+        hidden = self.embed_dropout(hidden, dropout)
+        if in_chunks:
+            hidden = rounded(hidden)  # every layer keeps its input
         all_hidden: tuple[Tensor, ...] = ()
         for layer in self.layers:
             if output_hidden_states:
@@ -450,7 +590,7 @@ class PerformerModel(PerformerPreTrainedModel):
                 key_padding_mask=key_padding_mask,
                 cu_seqlens=cu_seqlens,
                 past_key_values=past_key_values,
-                dropout_keys=dropout_keys,
+                dropout_keys=dropout,
             )
         hidden = self.norm(hidden)
         if past_key_values is not None:
@@ -499,6 +639,10 @@ def _check_inputs(
         if restarts.any():
             # So Hugging Face tells packed sequences apart; here they would see each other.
             raise InputError("position_ids start again within a row: cu_seqlens is what keeps packed sequences apart.")
+    if dropout_keys is not None and seen and dropout_keys.shape != (rows,):
+        raise InputError(
+            f"dropout_keys has shape {tuple(dropout_keys.shape)}: with past_key_values expected {(rows,)}, a key for each row."
+        )
     if dropout_keys is not None and (
         dropout_keys.ndim != 1 or not len(dropout_keys) or rows * length % len(dropout_keys)
     ):
@@ -567,7 +711,7 @@ class PerformerLanguageModel(PerformerPreTrainedModel):
                     )
                     labels = labels.masked_fill(first, IGNORED)
                 labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-            loss = self._cross_entropy(hidden, labels, num_items_in_batch)
+            loss = self.cross_entropy(hidden, labels, num_items_in_batch)
         if labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
@@ -575,7 +719,12 @@ class PerformerLanguageModel(PerformerPreTrainedModel):
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
-    def _cross_entropy(self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+    def cross_entropy(self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+        """The summed cross-entropy of (B, L) labels given the hidden states (B, L, d) that predict them, over `num_items`.
+
+        Unlike the labels of `forward`, these stand where they are predicted: a causal model's are one token ahead of the input.
+        """
+
         def summed(hidden: Tensor, labels: Tensor) -> Tensor:
             logits = self.lm_head(hidden).float()
             return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=IGNORED)
@@ -638,7 +787,10 @@ class PerformerForSequenceClassification(PerformerPreTrainedModel):
             torch.ones(hidden.shape[:2], device=hidden.device) if attention_mask is None else attention_mask.float()
         )
         mean = torch.einsum("bl,bld->bd", weights, hidden.float()) / weights.sum(1, keepdim=True).clamp(min=1)
-        logits = self.classifier(self.dropout(mean.to(hidden.dtype), inputs.get("dropout_keys")))
+        pooled, keys = mean.to(hidden.dtype), inputs.get("dropout_keys")
+        spans = len(pooled) if keys is None else len(keys)
+        dropped = self.dropout(pooled.view(spans, 1, -1), None if keys is None else DropoutKeys(keys, 0, 1))
+        logits = self.classifier(dropped.view(pooled.shape))
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
@@ -674,7 +826,8 @@ class PerformerForTokenClassification(PerformerPreTrainedModel):
             num_items_in_batch: what to divide the summed loss by; the number of labels that count when None.
         """
         outputs = self.performer(input_ids, attention_mask, position_ids, cu_seqlens, return_dict=True, **inputs)
-        logits = self.classifier(self.dropout(outputs.last_hidden_state, inputs.get("dropout_keys")))
+        hidden, keys = outputs.last_hidden_state, inputs.get("dropout_keys")
+        logits = self.classifier(self.dropout(hidden, None if keys is None else DropoutKeys(keys, 0, hidden.shape[1])))
         loss = None
         if labels is not None:
             if num_items_in_batch is None:

@@ -99,6 +99,12 @@ class PretrainConfig(BaseModel):
     dropout: Number | None = Field(None, ge=0, lt=1, description="Probability to drop an element. [as the preset says]")
     gradient_checkpointing: bool = Field(False, description="Recompute layers in the backward pass to save memory.")
 
+    sequence_chunk: int | None = Field(
+        None,
+        ge=1,
+        description="Train causal models on so many tokens at a time, carrying attention states; memory is that of a chunk.",
+    )
+
     steps: int = Field(10_000, ge=1, le=2**40, description="Optimizer steps.")
     batch_size: int = Field(8, ge=1, le=2**24, description="Contexts in one optimizer step, over all processes.")
     micro_batch_size: int | None = Field(
@@ -146,6 +152,8 @@ class PretrainConfig(BaseModel):
                     raise ValueError(
                         f"{key} and init_from exclude each other: a model folder brings its own architecture."
                     )
+        if self.sequence_chunk is not None:
+            self._check_sequence_chunk()
         if self.warmup_steps is not None and self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps}: expected fewer than steps={self.steps}.")
         if self.final_learning_rate > self.learning_rate:
@@ -153,6 +161,19 @@ class PretrainConfig(BaseModel):
                 f"final_learning_rate={self.final_learning_rate}: expected at most learning_rate={self.learning_rate}."
             )
         return self
+
+    def _check_sequence_chunk(self) -> None:
+        chunk = f"sequence_chunk={self.sequence_chunk}"
+        if self.objective != "clm":
+            raise ValueError(
+                f"{chunk}: expected objective='clm'; a masked model needs what comes after a chunk, too "
+                "(architecture chunk_size_layer bounds its memory)."
+            )
+        if self.contexts != "concatenated":
+            raise ValueError(f"{chunk}: expected contexts='concatenated'; packed proteins are read at once.")
+        for key in ("gradient_checkpointing", "compile"):
+            if getattr(self, key):
+                raise ValueError(f"sequence_chunk and {key} exclude each other.")
 
     @classmethod
     def for_run(cls, values: Mapping[str, Any]) -> Self:
@@ -210,7 +231,7 @@ FREE_ON_RESUME = frozenset(
     {
         *("output", "validation", "ood", "evaluate_every", "evaluate_proteins", "evaluate_tokens"),
         *("checkpoint_every", "keep", "device", "dtype", "threads", "compile"),
-        *("micro_batch_size", "gradient_checkpointing"),
+        *("micro_batch_size", "gradient_checkpointing", "sequence_chunk"),
     }
 )
 """Keys that may change when a run goes on: they decide where and how fast it runs and what it reports, not what it learns."""

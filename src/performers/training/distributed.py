@@ -8,6 +8,7 @@ gradients arrive in.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -131,6 +132,18 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
+
+
+def keep_freed_memory() -> None:
+    """Lets this process keep what a step frees for the next tensors, where the C library is glibc.
+
+    It would give every tensor of 32 MiB or more back to the system at once, and the next one would come anew, page by page.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(mmap_threshold, 256 * 2**20)
+        library.mallopt(trim_threshold, 2**31 - 1)
 
 
 @contextlib.contextmanager

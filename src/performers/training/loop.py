@@ -35,7 +35,14 @@ from performers.training.checkpoint import (
     weights_files,
 )
 from performers.training.configuration import PretrainConfig
-from performers.training.distributed import World, autocast, choose_dtype, join_world, use_threads
+from performers.training.distributed import (
+    World,
+    autocast,
+    choose_dtype,
+    join_world,
+    keep_freed_memory,
+    use_threads,
+)
 from performers.training.evaluation import Evaluation, evaluate
 from performers.training.plots import plot_loss
 from performers.training.pretraining import LOG, PretrainResult, Progress, RunFolder, checkpoint_path, join_run
@@ -57,6 +64,7 @@ def train(config: PretrainConfig, folder: RunFolder | None) -> PretrainResult:
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(use_threads(config.threads))
+        keep_freed_memory()
         world = stack.enter_context(join_world(config.device))
         folder = folder or join_run(config)
         if config.batch_size % world.size:
@@ -72,6 +80,11 @@ def train(config: PretrainConfig, folder: RunFolder | None) -> PretrainResult:
         if world.is_main:
             stack.enter_context(record)
         model = open_model(folder.checkpoint) if folder.checkpoint else new_model(config)
+        if config.sequence_chunk is not None and not model.has_fixed_states:
+            raise ConfigError(
+                f"sequence_chunk={config.sequence_chunk}: expected attention whose state has a fixed size in every layer, such "
+                f"as favor, but the model has {', '.join(dict.fromkeys(model.config.mechanisms))}."
+            )
         tokenizer = _tokenizer(config)
         progress = _take_steps(config, folder, world, model.to(world.device), tokenizer)
         if world.is_main:
@@ -122,7 +135,7 @@ def _take_steps(config: PretrainConfig, folder: RunFolder, world: World, model: 
 
             with _explained(step + 1, saved):
                 examples = micro_batches(config, contexts, step, world)
-                loss = accumulate_gradients(forward, examples, world, dtype)
+                loss = accumulate_gradients(forward, examples, world, dtype, config.sequence_chunk)
             world.sum_gradients_(model.parameters())
             norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
             # Every process learns of the loss and of the signals of all, so they stop at the same step.
@@ -162,7 +175,11 @@ def _take_steps(config: PretrainConfig, folder: RunFolder, world: World, model: 
 
 
 def accumulate_gradients(
-    forward: Callable[..., Any], examples: list[dict[str, torch.Tensor]], world: World, dtype: torch.dtype
+    forward: Callable[..., Any],
+    examples: list[dict[str, torch.Tensor]],
+    world: World,
+    dtype: torch.dtype,
+    sequence_chunk: int | None = None,
 ) -> torch.Tensor:
     """Adds this process's share of the gradients, of which the sum over all processes is the gradient of the step.
 
@@ -175,6 +192,7 @@ def accumulate_gradients(
         examples: what `micro_batches` returns.
         world: the processes.
         dtype: the precision of the forward pass.
+        sequence_chunk: tokens at a time, as in `accumulate_in_chunks`; then `forward` is a causal model.
 
     Returns:
         This process's part of the loss, a scalar.
@@ -184,6 +202,11 @@ def accumulate_gradients(
     loss = torch.zeros((), device=world.device)
     for example in examples:
         placed = {key: value.to(world.device) for key, value in example.items()}
+        if sequence_chunk is not None:
+            from performers.training.streaming import accumulate_in_chunks
+
+            loss += accumulate_in_chunks(forward, placed, items, sequence_chunk, lambda: autocast(world.device, dtype))
+            continue
         with autocast(world.device, dtype):
             part = forward(**placed, num_items_in_batch=items).loss
         part.backward()
@@ -321,7 +344,7 @@ def _explained(step: int, saved: Path | None) -> Generator[None]:
             raise
         raise RunError(
             f"Step {step} does not fit into memory; {kept}. A smaller --micro-batch-size or --context needs less, and so does "
-            "--gradient-checkpointing."
+            "--gradient-checkpointing, or --sequence-chunk for a causal model."
         ) from error
 
 
