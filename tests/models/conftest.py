@@ -20,6 +20,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "favor": {"attention": "favor"},
     "favor-softmax": {"attention": "favor", "attention_kwargs": {"kernel": "softmax"}},
     "exact": {"attention": "exact"},
+    "sparse": {"attention": "sparse", "attention_kwargs": {"stride": 4}},
     "hybrid": {"attention": ["favor", "exact"]},
 }
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -401,3 +402,17 @@ def test_asking_for_attention_maps_in_the_configuration_is_refused() -> None:
     model = PerformerModel(PerformerConfig.preset("tiny", num_hidden_layers=1, output_attentions=True))
     with pytest.raises(UnsupportedError, match="output_attentions"):
         model(torch.randint(4, 24, (1, 5)))
+
+
+def test_reformer_layers_share_queries_and_keys_and_are_saved_with_their_rotations(
+    make: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = make(PerformerForMaskedLM, attention="reformer", attention_kwargs={"bucket_size": 8, "num_hashes": 2})
+    assert not any("k_proj" in name for name, _ in model.named_parameters())
+    ids = residues(2, 50)
+    model.train()(ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.redraw_features_(seed=3, step=1)
+    model.save_pretrained(tmp_path)
+    again = PerformerForMaskedLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits)

@@ -50,7 +50,7 @@ class PerformerConfig(PreTrainedConfig):
         num_attention_heads: heads per layer; the size of a head, hidden_size / num_attention_heads, must be even (rotary
             positions turn pairs).
         intermediate_size: width inside the feed-forward block.
-        attention: the mechanism of all layers, "favor" or "exact", or a list of one name per layer.
+        attention: the mechanism of all layers, "favor", "exact", "reformer" or "sparse", or a list of one name per layer.
         attention_kwargs: arguments of the mechanism, as in {"kernel": "relu", "num_features": 256}; with several mechanisms a
             dictionary for each, as in {"favor": {"num_features": 256}, "exact": {}}. FAVOR's kernel is "relu" unless given.
         hidden_dropout_prob: probability to drop an element of the embeddings, of an attention output or of a feed-forward

@@ -278,12 +278,14 @@ class PerformerAttention(nn.Module):
         super().__init__()
         self.num_heads, self.is_causal = config.num_attention_heads, is_causal
         self.seed = derive_seed(config.seed, "projection", layer_idx)
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = ResidualLinear(config.hidden_size, config.hidden_size)
         name = config.mechanisms[layer_idx]
         self.mechanism = MECHANISMS[name](head_dim=config.head_dim, seed=self.seed, **config.kwargs_of(name))
+        # Reformer's queries are its keys.
+        shared = getattr(self.mechanism, "shares_query_and_key", False)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = None if shared else nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = ResidualLinear(config.hidden_size, config.hidden_size)
 
     def forward(
         self,
@@ -296,9 +298,10 @@ class PerformerAttention(nn.Module):
     ) -> tuple[Tensor, Any]:
         """The outputs, of shape (B, L, d), and the state after the last token, if asked for."""
         hidden = rounded(hidden)
+        query = rotate(self._heads(self.q_proj, hidden), rotary)
         out = self.mechanism(
-            rotate(self._heads(self.q_proj, hidden), rotary),
-            rotate(self._heads(self.k_proj, hidden), rotary),
+            query,
+            query if self.k_proj is None else rotate(self._heads(self.k_proj, hidden), rotary),
             self._heads(self.v_proj, hidden),
             is_causal=self.is_causal,
             key_padding_mask=key_padding_mask,
@@ -312,10 +315,11 @@ class PerformerAttention(nn.Module):
     @property
     def has_fixed_state(self) -> bool:
         """Whether the mechanism can put any number of keys into a state of fixed size, and read it without them."""
-        return getattr(self.mechanism, "has_fixed_state", hasattr(self.mechanism, "features"))
+        return self.mechanism.has_fixed_state
 
     def absorb(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], key_padding_mask: Tensor | None, state: Any) -> Any:
         """The state after these tokens, given the one before."""
+        assert self.k_proj is not None
         hidden = rounded(hidden)
         k, v = rotate(self._heads(self.k_proj, hidden), rotary), self._heads(self.v_proj, hidden)
         _, state = self.mechanism(k[:, :, :0], k, v, key_padding_mask=key_padding_mask, state=state, return_state=True)
