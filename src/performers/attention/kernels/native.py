@@ -127,11 +127,18 @@ def _available() -> bool:
     return _LIBRARY.handle() is not None
 
 
+# Where a row hangs on a few features, products of numbers rounded to 16 bits are not averaged, nor are they where signs cancel.
+_FEWEST_FEATURES = 32
+_SIGNED = ("identity", "tanh")
+
+
 def supports(query: Tensor, key: Tensor, value: Tensor, rows: FeatureRows, kernel: str, fast: bool) -> bool:
     """Whether this backend can take these inputs: on the CPU, in at most 32 bits, and a kernel that it knows."""
     tensors = (query, key, value, *rows)
     return (
         kernel in _KERNELS
+        and rows.queries.shape[-2] >= _FEWEST_FEATURES
+        and (query.dtype == torch.float32 or kernel not in _SIGNED)
         and all(x.device.type == "cpu" for x in tensors)
         and query.dtype in _DTYPES
         and key.dtype == value.dtype == query.dtype
