@@ -17,6 +17,7 @@ def check_attention_arguments(
     key_padding_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     enable_gqa: bool,
+    streaming: bool,
 ) -> None:
     """Raise an InputError that names what does not fit.
 
@@ -27,6 +28,7 @@ def check_attention_arguments(
         key_padding_mask: (B, Lk) bool.
         cu_seqlens: (N + 1,) int32 or int64; `segments` looks at its values.
         enable_gqa: whether Hkv may be a divisor of H.
+        streaming: whether a state is given or asked for.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.ndim != 4:
@@ -53,6 +55,8 @@ def check_attention_arguments(
                 f"expected {expected} bool, True for a real token."
             )
     if cu_seqlens is not None:
+        if streaming:
+            raise InputError("a state belongs to one sequence per batch row: it cannot be combined with cu_seqlens.")
         if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.numel() < 1:
             raise InputError("cu_seqlens must hold N + 1 offsets as int32 or int64, from 0 to the length.")
         if query.shape[0] != 1 or query.shape[2] != key.shape[2]:

@@ -81,12 +81,11 @@ def exact_attention(
     Raises:
         InputError: shapes, types or arguments that do not go together; the message says which.
     """
-    check_attention_arguments(query, key, value, key_padding_mask, cu_seqlens, enable_gqa)
+    streaming = state is not None or return_state
+    check_attention_arguments(query, key, value, key_padding_mask, cu_seqlens, enable_gqa, streaming)
     if not query.dtype == key.dtype == value.dtype and not torch.is_autocast_enabled(query.device.type):
         raise InputError(f"query, key and value have types {query.dtype}, {key.dtype} and {value.dtype}: expected one.")
     if cu_seqlens is not None:
-        if state is not None or return_state:
-            raise InputError("a state belongs to one sequence per batch row: it cannot be combined with cu_seqlens.")
         if torch.compiler.is_compiling():  # a graph cannot hold a loop over lengths that it does not know
             visible = visible_keys(
                 *[query.shape[2]] * 2, is_causal=is_causal, cu_seqlens=cu_seqlens, device=query.device
@@ -97,7 +96,7 @@ def exact_attention(
             for rows in segments(cu_seqlens, query.shape[2])
         ]
         return torch.cat(out, dim=2) if out else query.new_zeros(*query.shape[:3], value.shape[-1])
-    if state is None and not return_state:
+    if not streaming:
         return _attend(query, key, value, is_causal, key_padding_mask, 0, scale)
     past = 0 if state is None else state.key.shape[2]
     after = ExactState.after(state, key, value, key_padding_mask)

@@ -126,17 +126,16 @@ def favor_attention(
         InputError: shapes, types or arguments that do not go together; the message says which.
         UnsupportedError: a state or packed sequences with features of the published formula.
     """
-    check_attention_arguments(query, key, value, key_padding_mask, cu_seqlens, enable_gqa)
+    streaming = state is not None or return_state
+    check_attention_arguments(query, key, value, key_padding_mask, cu_seqlens, enable_gqa, streaming)
     if query.shape[-1] != features.head_dim:
         raise InputError(
             f"query has head size {query.shape[-1]}, but features were made for head_dim={features.head_dim}."
         )
-    if cu_seqlens is not None and (state is not None or return_state):
-        raise InputError("a state belongs to one sequence per batch row: it cannot be combined with cu_seqlens.")
     key, value = repeat_heads(query, key, value)
     check_backend(backend)
     if features.compatibility is not None:
-        if state is not None or return_state or cu_seqlens is not None:
+        if streaming or cu_seqlens is not None:
             raise UnsupportedError(
                 "compatibility='published': the published stabiliser is the maximum over all keys, so there is neither a state "
                 "to carry on nor a way to keep packed sequences apart."
@@ -155,7 +154,7 @@ def favor_attention(
         key_padding_mask=key_padding_mask,
         cu_seqlens=cu_seqlens,
         state=past,
-        streaming=state is not None or return_state,
+        streaming=streaming,
         backend=backend,
     )
     return (out, FavorState(*after)) if return_state else out

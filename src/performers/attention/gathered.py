@@ -17,7 +17,6 @@ from torch import Tensor
 from performers.attention.arguments import check_attention_arguments, repeat_heads, segments
 from performers.attention.exact import ExactState
 from performers.attention.features import attention_scale
-from performers.errors import InputError
 
 TILE = 2**21  # weights at a time, over all blocks and heads
 
@@ -372,11 +371,10 @@ def gathered_attention(
     Raises:
         InputError: shapes, types or arguments that do not go together; the message says which.
     """
-    check_attention_arguments(query, key, value, key_padding_mask, cu_seqlens, enable_gqa)
+    streaming = state is not None or return_state
+    check_attention_arguments(query, key, value, key_padding_mask, cu_seqlens, enable_gqa, streaming)
     after = None
-    if state is not None or return_state:
-        if cu_seqlens is not None:
-            raise InputError("a state belongs to one sequence per batch row: it cannot be combined with cu_seqlens.")
+    if streaming:
         after = ExactState.after(state, key, value, key_padding_mask)
         key, value, key_padding_mask = after.key, after.value, after.real
     key, value = repeat_heads(query, key, value)

@@ -22,7 +22,6 @@ class Specification:
         layers: the numbers of the attention modules that use it; None for all. The others stay exact.
         modules: the classes of the attention modules, which are numbered in the order of `model.modules()`.
         seed: of everything random; the projection of a layer is a pure function of the seed, the layer and the head size.
-        calibration: the numbers that `calibrate` has found, by layer, as the mechanism's `calibration` gives them.
     """
 
     attention: str
@@ -30,7 +29,6 @@ class Specification:
     layers: list[int] | None = None
     modules: list[str] = field(default_factory=list)
     seed: int = 0
-    calibration: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: Any, attention: str) -> Self:

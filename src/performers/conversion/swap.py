@@ -61,7 +61,7 @@ def convert(
         UnsupportedError: the model's attention cannot be replaced; the message names the model and the feature.
     """
     if not isinstance(model, PreTrainedModel):
-        model = _open(Path(model), None)
+        model = _open(Path(model))
     if attention == "exact":
         return _restore(model)
     if attention not in interface.NAMES:
@@ -209,7 +209,7 @@ def load(folder: str | Path) -> PreTrainedModel:
         CheckpointError: the folder holds no model.
     """
     path = Path(folder)
-    model = _open(path, "performers")
+    model = _open(path)
     stored = getattr(model.config, "performers", None)
     if stored is None:
         return model
@@ -218,7 +218,7 @@ def load(folder: str | Path) -> PreTrainedModel:
     return model
 
 
-def _open(path: Path, ours: str | None) -> PreTrainedModel:
+def _open(path: Path) -> PreTrainedModel:
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: there is no model in this folder (no config.json).")
     try:

@@ -122,7 +122,6 @@ def unavailable_reason() -> str | None:
     return _LIBRARY.reason
 
 
-@torch.compiler.assume_constant_result
 def _available() -> bool:
     return _LIBRARY.handle() is not None
 

@@ -529,12 +529,8 @@ def _spans(batch: int, start: int, stop: int) -> list[_Span]:
     return [_Span(row, row, start, stop) for row in range(batch)]
 
 
-def supports(
-    query: Tensor, key: Tensor, value: Tensor, rows: FeatureRows, kernel: str, fast: bool, learned: bool = False
-) -> bool:
+def supports(query: Tensor, key: Tensor, value: Tensor, rows: FeatureRows, kernel: str, fast: bool) -> bool:
     """Whether the inputs are on a GPU (or Triton interprets), of a type, size and kernel that there are Triton kernels for."""
-    if learned:
-        return False
     if query.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not query.dtype == key.dtype == value.dtype:
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in rows):
