@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from performers.attention.arguments import check_attention_arguments, repeat_heads, segments
+from performers.attention.mechanism import Mechanism
 from performers.attention.visibility import visible_keys
 from performers.errors import InputError
 
@@ -123,7 +125,7 @@ def _attend(
     return out.masked_fill(~visible.any(-1, keepdim=True), 0.0)
 
 
-class ExactAttention(nn.Module):
+class ExactAttention(Mechanism):
     """Exact attention as a mechanism of a model. It has no parameters and nothing to draw.
 
     Arguments:
@@ -131,43 +133,9 @@ class ExactAttention(nn.Module):
         seed: likewise.
     """
 
-    has_fixed_state = False  # the state is every key and value
-
     def __init__(self, head_dim: int, seed: int = 0) -> None:
         super().__init__()
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        is_causal: bool = False,
-        key_padding_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        state: ExactState | None = None,
-        return_state: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor | tuple[Tensor, ExactState]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor | tuple[Tensor, ExactState]:
         """As `exact_attention`."""
-        return exact_attention(
-            query,
-            key,
-            value,
-            is_causal=is_causal,
-            key_padding_mask=key_padding_mask,
-            cu_seqlens=cu_seqlens,
-            state=state,
-            return_state=return_state,
-            scale=scale,
-            enable_gqa=enable_gqa,
-        )
-
-    def redraw_(self, generator: torch.Generator) -> None:
-        """Exact attention has nothing to draw."""
-
-    @property
-    def redraws_by_default(self) -> bool:
-        """Exact attention has nothing to draw."""
-        return False
+        return exact_attention(query, key, value, **arguments)

@@ -9,15 +9,16 @@ ratio of two estimates and is not.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from performers.attention.arguments import check_attention_arguments, repeat_heads
 from performers.attention.features import FavorFeatures, Pointwise, attention_scale
 from performers.attention.kernels import StateTensors, attend, check_backend
 from performers.attention.kernels.state import compute_dtype
+from performers.attention.mechanism import Mechanism
 from performers.attention.published import published_attention
 from performers.errors import InputError, UnsupportedError
 
@@ -171,7 +172,7 @@ def _matching_state(state: FavorState, query: Tensor, value: Tensor, features: F
     return StateTensors(*(tensor.to(compute_dtype(query.dtype)) for tensor in state.tensors()))
 
 
-class FavorAttention(nn.Module):
+class FavorAttention(Mechanism):
     """FAVOR as a mechanism of a model: a feature map of its own, and `favor_attention`.
 
     Arguments:
@@ -210,35 +211,9 @@ class FavorAttention(nn.Module):
         )
         self.backend = backend
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        is_causal: bool = False,
-        key_padding_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        state: FavorState | None = None,
-        return_state: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor | tuple[Tensor, FavorState]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor | tuple[Tensor, FavorState]:
         """As `favor_attention`."""
-        return favor_attention(
-            query,
-            key,
-            value,
-            self.features,
-            is_causal=is_causal,
-            key_padding_mask=key_padding_mask,
-            cu_seqlens=cu_seqlens,
-            state=state,
-            return_state=return_state,  # pyright: ignore[reportArgumentType]
-            scale=scale,
-            enable_gqa=enable_gqa,
-            backend=self.backend,
-        )
+        return favor_attention(query, key, value, self.features, backend=self.backend, **arguments)
 
     def redraw_(self, generator: torch.Generator) -> None:
         """Draw a new projection, in place."""

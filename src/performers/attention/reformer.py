@@ -11,14 +11,15 @@ chunks, the later ones too. By construction, then, outputs depend a little on th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from performers.attention.exact import ExactState
 from performers.attention.gathered import PLANS, Blocks, Plan, Positions, gathered_attention
+from performers.attention.mechanism import Mechanism
 from performers.errors import InputError
 
 MOST_ROTATIONS = (
@@ -222,7 +223,7 @@ def _plan(query: Tensor, key: Tensor, at: Positions, is_causal: bool, numbers: l
 PLANS["lsh"] = _plan
 
 
-class ReformerAttention(nn.Module):
+class ReformerAttention(Mechanism):
     """Reformer's attention as a mechanism of a model.
 
     Arguments:
@@ -235,8 +236,6 @@ class ReformerAttention(nn.Module):
     """
 
     rotation_seed: Tensor
-    has_fixed_state = False  # the state is every key and value
-    shares_query_and_key = True  # a model leaves the projection of keys out
 
     def __init__(self, head_dim: int, seed: int = 0, *, num_hashes: int = 4, bucket_size: int = 64) -> None:
         super().__init__()
@@ -246,20 +245,7 @@ class ReformerAttention(nn.Module):
             self.register_buffer("rotation_seed", torch.zeros((), dtype=torch.long))
             self.redraw_(torch.Generator().manual_seed(seed))
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        is_causal: bool = False,
-        key_padding_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        state: ExactState | None = None,
-        return_state: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor | tuple[Tensor, ExactState]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor | tuple[Tensor, ExactState]:
         """As `reformer_attention`."""
         return reformer_attention(
             query,
@@ -268,13 +254,7 @@ class ReformerAttention(nn.Module):
             num_hashes=self.num_hashes,
             bucket_size=self.bucket_size,
             seed=self.rotation_seed,
-            is_causal=is_causal,
-            key_padding_mask=key_padding_mask,
-            cu_seqlens=cu_seqlens,
-            state=state,
-            return_state=return_state,
-            scale=scale,
-            enable_gqa=enable_gqa,
+            **arguments,
         )
 
     def redraw_(self, generator: torch.Generator) -> None:
@@ -285,4 +265,9 @@ class ReformerAttention(nn.Module):
     @property
     def redraws_by_default(self) -> bool:
         """Whether training draws new rotations as it goes: as in the paper's code, which draws them at every step."""
+        return True
+
+    @property
+    def shares_query_and_key(self) -> bool:
+        """Always: shared-QK attention."""
         return True

@@ -12,11 +12,14 @@ diagonal. Bidirectional attention, which the paper does not have, takes |i - j| 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from performers.attention.exact import ExactState
 from performers.attention.gathered import PLANS, Blocks, Plan, Positions, gathered_attention
+from performers.attention.mechanism import Mechanism
 from performers.errors import InputError
 
 PATTERNS = ("strided", "fixed")
@@ -153,7 +156,7 @@ PLANS["strided"] = lambda query, key, at, is_causal, numbers, seed: Plan(_plan("
 PLANS["fixed"] = lambda query, key, at, is_causal, numbers, seed: Plan(_plan("fixed", at, is_causal, numbers))
 
 
-class SparseAttention(nn.Module):
+class SparseAttention(Mechanism):
     """The Sparse Transformer's attention as a mechanism of a model. It has no parameters and nothing to draw.
 
     Arguments:
@@ -161,8 +164,6 @@ class SparseAttention(nn.Module):
         seed: likewise.
         pattern, stride, summary: as in `sparse_attention`. The stride of a model is fixed (128, the paper's) unless it is None.
     """
-
-    has_fixed_state = False  # the state is every key and value
 
     def __init__(
         self,
@@ -177,41 +178,8 @@ class SparseAttention(nn.Module):
         _sizes(pattern, stride, summary, 1)
         self.pattern, self.stride, self.summary = pattern, stride, summary
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        is_causal: bool = False,
-        key_padding_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        state: ExactState | None = None,
-        return_state: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor | tuple[Tensor, ExactState]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor | tuple[Tensor, ExactState]:
         """As `sparse_attention`."""
         return sparse_attention(
-            query,
-            key,
-            value,
-            pattern=self.pattern,
-            stride=self.stride,
-            summary=self.summary,
-            is_causal=is_causal,
-            key_padding_mask=key_padding_mask,
-            cu_seqlens=cu_seqlens,
-            state=state,
-            return_state=return_state,
-            scale=scale,
-            enable_gqa=enable_gqa,
+            query, key, value, pattern=self.pattern, stride=self.stride, summary=self.summary, **arguments
         )
-
-    def redraw_(self, generator: torch.Generator) -> None:
-        """There is nothing to draw."""
-
-    @property
-    def redraws_by_default(self) -> bool:
-        """There is nothing to draw."""
-        return False

@@ -101,7 +101,7 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 @contextmanager
 def _listening(model: PreTrainedModel, called: list[nn.Module]) -> Iterator[None]:
-    before = model.config._attn_implementation
+    before = str(model.config._attn_implementation)
     try:
         model.set_attn_implementation("favor")
         with interface.listening(called):
@@ -168,7 +168,7 @@ def _apply(model: PreTrainedModel, modules: list[nn.Module], specification: Spec
         )
     model.set_attn_implementation(specification.attention)
     if model.can_generate() and not getattr(model.config, "is_encoder_decoder", False) and specification.layers is None:
-        model._prepare_cache_for_generation = MethodType(_with_state_cache, model)  # pyright: ignore[reportAttributeAccessIssue]
+        model.__dict__["_prepare_cache_for_generation"] = MethodType(_with_state_cache, model)
 
 
 def _without_dropout(module: nn.Module) -> bool:
@@ -194,7 +194,7 @@ def _with_state_cache(model: Any, generation_config: Any, model_kwargs: dict[str
 def _restore(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         interface.forget(module)
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if hasattr(config, "performers"):
             del config.performers
     model.__dict__.pop("_prepare_cache_for_generation", None)

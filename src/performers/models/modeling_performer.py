@@ -280,10 +280,8 @@ class PerformerAttention(nn.Module):
         self.seed = derive_seed(config.seed, "projection", layer_idx)
         name = config.mechanisms[layer_idx]
         self.mechanism = MECHANISMS[name](head_dim=config.head_dim, seed=self.seed, **config.kwargs_of(name))
-        # Reformer's queries are its keys.
-        shared = getattr(self.mechanism, "shares_query_and_key", False)
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = None if shared else nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = None if self.mechanism.shares_query_and_key else nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = ResidualLinear(config.hidden_size, config.hidden_size)
 

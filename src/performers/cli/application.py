@@ -1,0 +1,65 @@
+"""What commands share: the application, options of the same name and meaning, and how figures are printed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import typer
+
+from performers.errors import InputError
+
+app = typer.Typer(
+    name="performers",
+    help="Linear-time Transformers for proteins: pretrain, evaluate and use Performer protein language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Inputs = Annotated[list[str], typer.Option("--input", "-i", help="FASTA files (.gz too), '-' for stdin, bundled:NAME.")]
+Output = Annotated[str, typer.Option("--output", "-o", help="The output folder; new or empty.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout, and nothing else there.")]
+Device = Annotated[str, typer.Option(help="auto (cuda, then mps, then cpu), or one by name.")]
+Dtype = Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(help="Precision of the forward pass.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=1024, help="CPU threads.", show_default="as many as there are cores")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+MaxLength = Annotated[int, typer.Option(min=1, help="Residues; a longer record is refused, never cut.")]
+OnInvalid = Annotated[
+    Literal["error", "x", "skip"], typer.Option(help="A character that is no residue: stop, X, or skip.")
+]
+
+
+def listed(text: str | None) -> tuple[str, ...] | None:
+    """The names in a list with commas; () for "none"."""
+    if text is None:
+        return None
+    return tuple(part.strip() for part in text.split(",") if part.strip() not in ("", "none"))
+
+
+def numbers(option: str, text: str | None, kind: Callable[[str], Any] = int) -> tuple[Any, ...] | None:
+    """The numbers in a list with commas.
+
+    Raises:
+        InputError: something else is in it; names the option.
+    """
+    try:
+        return None if text is None else tuple(kind(part) for part in listed(text) or ())
+    except ValueError:
+        raise InputError(f"{option} {text}: expected numbers, with commas.") from None
+
+
+def table(header: list[str], rows: list[list[str]]) -> None:
+    """Prints a table to stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(*header, box=None, pad_edge=False)
+    for row in rows:
+        grid.add_row(*row)
+    # Into a file or a pipe nothing is folded.
+    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(grid)

@@ -1,0 +1,249 @@
+"""`performers pretrain`, `evaluate` and `split`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+import yaml
+
+from performers.cli.application import (
+    Device,
+    Dtype,
+    Inputs,
+    Json,
+    MaxLength,
+    OnInvalid,
+    Output,
+    Seed,
+    Threads,
+    app,
+    table,
+)
+from performers.errors import ConfigError, InputError
+from performers.training.configuration import PretrainConfig, read_config
+
+
+def _pretrain_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command an option for every key of `PretrainConfig`, so that the two cannot come apart."""
+    parameters = [
+        parameter
+        for parameter in inspect.signature(command, eval_str=True).parameters.values()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    for key, field in PretrainConfig.model_fields.items():
+        flags = [f"--{key.replace('_', '-')}"]
+        kind: Any = field.annotation
+        if type(None) in get_args(kind):
+            kind = next(part for part in get_args(kind) if part is not type(None))
+        if get_origin(kind) is Annotated:
+            kind = get_args(kind)[0]
+        if get_origin(kind) is dict:
+            kind = list[str]
+        if kind is bool:
+            flags = [f"{flags[0]}/--no-{flags[0][2:]}"]
+        if key in ("input", "output"):
+            flags.append(f"-{key[0]}")
+        default = field.get_default()
+        plain = field.is_required() or default in (None, [], {}, False)
+        option = typer.Option(
+            *flags,
+            help=field.description if plain else f"{field.description} [{default}]",
+            metavar="<str>, repeatable" if get_origin(kind) is list else None,
+        )
+        annotation = Annotated[kind | None, option]
+        parameters.append(inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+@app.command()
+@_pretrain_options
+def pretrain(
+    *,
+    config: Annotated[
+        str | None, typer.Option(help="A YAML file with any of the keys below; options override it.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with the run that the output folder holds.")] = True,
+    resume_from: Annotated[str | None, typer.Option(help="The checkpoint to go on from, e.g. step-00000100.")] = None,
+    as_json: Json = False,
+    **given: Any,
+) -> None:
+    """Pretrain a Performer on proteins; killed at any moment, the same command goes on to the same result.
+
+    Example: performers pretrain -i proteins.fasta.gz -o run --objective mlm --context 8192 --contexts concatenated
+    """
+    values = {
+        **(read_config(config) if config else {}),
+        **{key: value for key, value in given.items() if value is not None},
+    }
+    if given["architecture"] is not None:
+        values["architecture"] = dict(_key_and_value(text) for text in given["architecture"])
+    settings = PretrainConfig.for_run(values)
+
+    from performers.training import pretrain
+
+    result = pretrain(settings, resume=resume, resume_from=resume_from)
+    if as_json:
+        print(json.dumps({**vars(result), "output": str(result.output), "model": str(result.model)}))
+        return
+    print(
+        f"The model is in {result.model}, the log in {result.output / 'log.jsonl'}, the curve in {result.output / 'loss.png'}."
+    )
+    print(f"Evaluate it: performers evaluate --model {result.model} -i proteins.fasta")
+
+
+def _key_and_value(text: str) -> tuple[str, Any]:
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise ConfigError(f"--architecture {text!r}: expected KEY=VALUE, as in hidden_size=256.")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--architecture {text!r}: expected a value as in YAML, e.g. hidden_size=256.") from None
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help="A model folder, or a run folder.")],
+    input: Inputs,
+    scheme: Annotated[
+        Literal["mask", "bert", "published"],
+        typer.Option(help="How a masked model is shown the scored residues: all hidden, or 80/10/10, or 10/80/10."),
+    ] = "mask",
+    mask_proportion: Annotated[
+        float, typer.Option(help="Share of the residues that a masked model is scored on.")
+    ] = 0.15,
+    toks_per_batch: Annotated[int, typer.Option(min=1, help="Tokens in one forward pass.")] = 16_384,
+    max_length: MaxLength = 10_000_000,
+    on_invalid: OnInvalid = "error",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Accuracy and perplexity on proteins, beside the unigram baseline measured on the same residues.
+
+    Example: performers evaluate --model run/model -i bundled:test
+    """
+    from performers.data import FastaReport, in_memory_corpus, read_fasta
+
+    report = FastaReport()
+    proteins = in_memory_corpus(read_fasta(input, max_length=max_length, on_invalid=on_invalid, report=report))
+    for remark in report.remarks():
+        print(remark, file=sys.stderr)
+
+    from performers.training.evaluation import evaluate_folder
+
+    figures = evaluate_folder(
+        model,
+        proteins,
+        scheme=scheme,
+        mask_proportion=mask_proportion,
+        seed=seed,
+        batch_tokens=toks_per_batch,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+    )
+    if as_json:
+        print(json.dumps({**figures, "inputs": report.to_dict()["inputs"]}))
+        return
+    how = "next residue" if figures["objective"] == "clm" else f"masked residues, scheme {figures['scheme']}"
+    print(
+        f"{figures['proteins']:,} proteins, {figures['tokens']:,} residues scored ({how}); 95 % bootstrap intervals over proteins"
+    )
+    table(
+        ["", "accuracy (more is better)", "perplexity (less is better)"],
+        [
+            ["model", _with_interval(figures, "accuracy", 4), _with_interval(figures, "perplexity", 3)],
+            ["unigram", f"{figures['baseline_accuracy']:.4f}", f"{figures['baseline_perplexity']:.3f}"],
+            [
+                "model against unigram",
+                "+ " + _with_interval(figures, "accuracy_gain", 4),
+                "x " + _with_interval(figures, "perplexity_ratio", 4),
+            ],
+        ],
+    )
+
+
+def _with_interval(figures: dict[str, Any], key: str, digits: int) -> str:
+    low, high = figures[f"{key}_interval"]
+    return f"{figures[key]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+@app.command()
+def split(
+    input: Inputs,
+    output: Output,
+    by: Annotated[
+        Literal["random", "identity", "family"],
+        typer.Option(help="Split at random, by sequence cluster, or hold out whole families."),
+    ] = "identity",
+    labels: Annotated[str | None, typer.Option(help="TSV of record id and family, for --by family.")] = None,
+    identity: Annotated[float, typer.Option(help="Clusters join sequences of at least this identity.")] = 0.5,
+    fractions: Annotated[str, typer.Option(help="Shares of train, validation and test.")] = "0.9,0.05,0.05",
+    ood_fraction: Annotated[float, typer.Option(help="Share of the records in held-out families.")] = 0.05,
+    nearest: Annotated[bool, typer.Option(help="Report each held-out record's nearest training protein.")] = True,
+    gzip: Annotated[bool, typer.Option("--gzip", help="Compress the FASTA files.")] = False,
+    max_length: MaxLength = 10_000_000,
+    on_invalid: OnInvalid = "error",
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Divide proteins into training, validation and test sets that share no sequence, cluster or family.
+
+    Example: performers split -i proteins.fasta -o sets --by family --labels families.tsv
+    """
+    from performers.data import split_records
+    from performers.folders import check_unused
+    from performers.training.runs import RunRecord
+
+    try:
+        train, validation, test = (float(share) for share in fractions.split(","))
+    except ValueError:
+        raise InputError(f"fractions={fractions!r}: expected three numbers with commas, as in 0.9,0.05,0.05.") from None
+    settings: dict[str, Any] = {"by": by, "labels": labels, "identity": identity, "ood_fraction": ood_fraction}
+    check_unused(Path(output))
+    arguments = {**settings, "fractions": fractions}
+    with RunRecord(Path(output), "split", arguments=arguments, seed=seed, device="cpu", announce=False) as record:
+        result = split_records(
+            input,
+            output,
+            **settings,
+            fractions=(train, validation, test),
+            nearest=nearest,
+            compress=gzip,
+            seed=seed,
+            threads=threads,
+            max_length=max_length,
+            on_invalid=on_invalid,
+        )
+        record.inputs(json.loads((result.folder / "split.json").read_text(encoding="utf-8"))["inputs"])
+        record.results(counts=result.counts)
+    for remark in result.remarks:
+        print(remark, file=sys.stderr)
+    if as_json:
+        print(json.dumps(result.to_dict()))
+        return
+    table(
+        ["set", "records", "median identity to training", f"share above {identity:.0%}", "file"],
+        [
+            [
+                name,
+                f"{count:,}",
+                f"{result.median_identity[name]:.1%}" if name in result.median_identity else "",
+                f"{result.above_identity[name]:.1%}" if name in result.above_identity else "",
+                str(result.files[name]) if name in result.files else "",
+            ]
+            for name, count in result.counts.items()
+        ],
+    )
