@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from performers.attention import FavorAttention, FavorFeatures, favor_attention
 from performers.attention.features import KERNELS
 from performers.attention.kernels import native
+from performers.attention.kernels.state import Request, StateTensors
 from performers.attention.projections import PROJECTIONS
 from performers.errors import InputError
 
@@ -161,9 +162,10 @@ def test_every_kernel_projection_backend_and_type_equals_the_oracle(
     q, k, v, arguments = draw(cell)
     mechanism = case.make(24, 50)
     assert isinstance(mechanism, FavorAttention)
-    if backend == "native" and not native.supports(
-        q, k, v, mechanism.features.rows(q, k, 0.2, is_causal=is_causal), kernel, False
-    ):
+    rows = mechanism.features.rows(q, k, 0.2, is_causal=is_causal)
+    state = StateTensors.empty(q.shape[:2], mechanism.features.size, 24, True, q)
+    request = Request(q, k, v, rows, state, kernel=mechanism.features.kernel_key, is_causal=is_causal)
+    if backend == "native" and not native.supports(request):
         with pytest.raises(InputError, match="backend='native' cannot compute"):
             mechanism(q, k, v, **arguments)
         return
@@ -460,7 +462,7 @@ def test_the_operators_keep_torchs_contract(kernel: str, is_causal: bool) -> Non
     q, k, v = (torch.randn(2, 2, 5, 8).requires_grad_() for _ in range(3))
     state = [torch.zeros(2, 2, 6, 8), torch.zeros(2, 2, 6), torch.full((2, 2, 6), -torch.inf)]
     rows = features.rows(q, k, 0.35, is_causal=is_causal)
-    arguments = (q, k, v, *rows, *state, None, None, kernel, is_causal, False, "chunked", False)
+    arguments = (q, k, v, *rows, *state, None, None, kernel, is_causal, False, False, "chunked")
     torch.library.opcheck(torch.ops.performers.favor, arguments)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from performers.attention.features import FeatureRows, kernel_of
 from performers.attention.kernels import native
 from performers.attention.kernels.reference import reference
-from performers.attention.kernels.state import StateTensors
+from performers.attention.kernels.state import Request, StateTensors, Upstream
 
 needs_native = pytest.mark.skipif(native.unavailable_reason() is not None, reason=str(native.unavailable_reason()))
 # Relative to the largest entry.
@@ -80,10 +80,10 @@ def draw(
 def run(problem: Problem) -> list[Tensor]:
     """The output, the state after it, and all gradients, by the native backend."""
     q, k, v, rows, state, mask, kernel, is_causal, d_out, d_after = problem
-    assert native.supports(q, k, v, rows, kernel, False)
-    shared = (q, k, v, rows, state, mask, None, kernel, is_causal, False)
-    out, normaliser, after = native.forward(*shared)
-    return [out, *after, *native.backward(d_out, *d_after, normaliser, after, *shared)]
+    request = Request(q, k, v, rows, state, mask, None, kernel, is_causal)
+    assert native.supports(request)
+    out, normaliser, after = native.forward(request)
+    return [out, *after, *native.backward(Upstream(d_out, *d_after, normaliser, after), request)]
 
 
 def oracle(problem: Problem) -> list[Tensor]:
@@ -91,9 +91,7 @@ def oracle(problem: Problem) -> list[Tensor]:
     q, k, v, rows, state, mask, kernel, is_causal, d_out, d_after = problem
     inputs = [x.double().requires_grad_() for x in (q, k, v, state.numerator, state.denominator)]
     past = StateTensors(*inputs[3:], state.log_scale.double())
-    out, after = reference(
-        *inputs[:3], rows, past, key_padding_mask=mask, cu_seqlens=None, kernel=kernel_of(kernel), is_causal=is_causal
-    )
+    out, after = reference(Request(*inputs[:3], rows, past, mask, None, kernel, is_causal))
     outputs, upstream = (out, after.numerator, after.denominator), (d_out.double(), *(x.double() for x in d_after))
     gradients = torch.autograd.grad(outputs, inputs, upstream, materialize_grads=True)
     return [x.detach() for x in (out, *after)] + list(gradients)
@@ -180,7 +178,7 @@ def test_far_out_keys_end_panels_and_leave_no_trace_before_them(scale: float, dt
     state = StateTensors.empty((2, 2), 64, 64, True, torch.empty(()))
 
     def out(k: Tensor, v: Tensor) -> Tensor:
-        return native.forward(q, k, v, problem.rows, state, None, None, "softmax", True, False)[0]
+        return native.forward(Request(q, k, v, problem.rows, state, is_causal=True))[0]
 
     before = out(k, v)
     assert before.isfinite().all()
@@ -204,11 +202,13 @@ def test_keys_whose_square_overflows_count_as_padding(is_causal: bool) -> None:
 
 @needs_native
 def test_what_it_leaves_to_others() -> None:
-    q, k, v, rows, *_ = draw()
-    assert native.supports(q, k, v, rows, "softmax", False)
-    assert not native.supports(q.double(), k.double(), v.double(), rows, "softmax", False)
-    assert not native.supports(q, k, v, rows, "cos", False)
-    assert not native.supports(q, k, v, rows, "callable-1", False)
+    request = Request(*draw()[:5])
+    q, k, v, *_ = request
+    assert native.supports(request)
+    assert not native.supports(request._replace(query=q.double(), key=k.double(), value=v.double()))
+    assert not native.supports(request._replace(kernel="cos"))
+    assert not native.supports(request._replace(kernel="callable-1"))
+    assert not native.supports(request._replace(learned=True))
 
 
 @pytest.mark.parametrize("reason", ["no compiler", "broken compiler", "no folder"])

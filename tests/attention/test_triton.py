@@ -18,10 +18,10 @@ from mechanisms import CASES, condition
 from torch import Tensor
 
 from performers.attention import FavorAttention, FavorFeatures, FavorState, favor_attention
-from performers.attention.features import KERNELS, FeatureRows
+from performers.attention.features import FeatureRows
 from performers.attention.kernels import triton_backend
 from performers.attention.kernels.reference import reference
-from performers.attention.kernels.state import StateTensors
+from performers.attention.kernels.state import Request, StateTensors, Upstream
 
 PLACES = ["interpreter", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -236,16 +236,14 @@ def check_rows_of_sequence_and_head_with_bias(is_causal: bool) -> None:
     shapes = [(2, 2, 24, 24), (1, 2, 24, 24), (2, 1, 24), (2, 2, 24)]
     rows = FeatureRows(*(torch.randn(shape, generator=generator).to(DEVICE) * 0.4 for shape in shapes))
     state = StateTensors.empty((2, 2), 24, 24, True, q)
-    mask = {"key_padding_mask": None, "cu_seqlens": None}
     exact = [x.double().requires_grad_() for x in (q, k, v)]
-    expected, _ = reference(*exact, rows, state, kernel=KERNELS["softmax"], is_causal=is_causal, **mask)
-    out, norm, after = triton_backend.forward(q, k, v, rows, state, None, None, "softmax", is_causal, False)
+    expected, _ = reference(Request(*exact, rows, state, is_causal=is_causal))
+    request = Request(q, k, v, rows, state, is_causal=is_causal)
+    out, norm, after = triton_backend.forward(request)
     assert_close(out, expected, 3e-5, "output")
     d_out = torch.randn(out.shape, generator=generator).to(DEVICE)
     zeros = torch.zeros_like(after.numerator), torch.zeros_like(after.denominator)
-    gradients = triton_backend.backward(
-        d_out, *zeros, norm, after, q, k, v, rows, state, None, None, "softmax", is_causal, False
-    )
+    gradients = triton_backend.backward(Upstream(d_out, *zeros, norm, after), request)
     wanted = torch.autograd.grad(expected, exact, d_out.double())
     for name, gradient, x in zip("qkv", gradients, wanted, strict=False):
         assert_close(gradient, x, 3e-5, f"gradient of {name}", 1.0)
@@ -265,8 +263,10 @@ def check_what_is_supported() -> None:
     q = torch.zeros(1, 1, 4, 24, device=DEVICE)
     rows = FavorFeatures(24, 50).to(DEVICE).rows(q, q, 1.0, is_causal=False)
 
-    def supported(x: Tensor = q, rows: FeatureRows = rows, kernel: str = "softmax") -> bool:
-        return triton_backend.supports(x, x, x, rows, kernel, False)
+    state = StateTensors.empty((1, 1), 50, 24, True, q)
+
+    def supported(x: Tensor = q, rows: FeatureRows = rows, **given: Any) -> bool:
+        return triton_backend.supports(Request(x, x, x, rows, state, **given))
 
     assert supported()
     assert supported(kernel="relu")
@@ -274,7 +274,7 @@ def check_what_is_supported() -> None:
     assert not supported(q.double())
     assert not supported(q[..., :8])
     assert not supported(kernel="softmax-trig")
-    assert not supported(rows=rows._replace(queries=rows.queries.clone().requires_grad_()))
+    assert not supported(learned=True)
     assert not supported(rows=rows._replace(queries=rows.queries.expand(1, 1, 50, 24).repeat(1, 1, 20, 1)))
 
 

@@ -15,7 +15,7 @@ from performers.attention.arguments import segments
 from performers.attention.features import FeatureRows, kernel_of
 from performers.attention.kernels.exponential import Exponential
 from performers.attention.kernels.pointwise import Pointwise
-from performers.attention.kernels.state import CAUSAL_ROWS, ROWS, StateTensors, compute_dtype
+from performers.attention.kernels.state import CAUSAL_ROWS, ROWS, Request, StateTensors, Upstream, compute_dtype
 
 GROUP_ROWS = 1024  # how many rows, over several heads, one product takes where there are as many
 FLATTENED_LENGTH = (
@@ -59,15 +59,15 @@ class _Item:
         return mask[self.batch].expand(self.heads.stop - self.heads.start, -1)
 
 
-def _items(query: Tensor, key: Tensor, cu_seqlens: Tensor | None, is_causal: bool) -> Iterator[_Item]:
-    batch, heads, length = query.shape[:3]
-    chunk = CAUSAL_ROWS if is_causal else ROWS
-    if cu_seqlens is None:
-        joined = max(length, key.shape[2]) <= FLATTENED_LENGTH
+def _items(request: Request) -> Iterator[_Item]:
+    batch, heads, length = request.query.shape[:3]
+    chunk = CAUSAL_ROWS if request.is_causal else ROWS
+    if request.cu_seqlens is None:
+        joined = max(length, request.key.shape[2]) <= FLATTENED_LENGTH
         sequences = [(None if joined else row, slice(0, None)) for row in range(1 if joined else batch)]
     else:
         joined = False
-        sequences = [(0, rows) for rows in segments(cu_seqlens, length)]
+        sequences = [(0, rows) for rows in segments(request.cu_seqlens, length)]
     total = batch * heads if joined else heads
     for row, rows in sequences:
         rows_of_a_head = min(chunk, length if rows.stop is None else rows.stop - rows.start)
@@ -76,64 +76,39 @@ def _items(query: Tensor, key: Tensor, cu_seqlens: Tensor | None, is_causal: boo
             yield _Item(slice(first, min(first + group, total)), rows, row)
 
 
-def _family(
-    item: _Item,
-    query: Tensor,
-    rows: FeatureRows,
-    kernel: str,
-    fast: bool,
-    d_rows: tuple[Tensor, Tensor] | None = None,
-) -> Exponential | Pointwise:
+def _family(item: _Item, request: Request, d_rows: tuple[Tensor, Tensor] | None = None) -> Exponential | Pointwise:
+    query = request.query
     sums = compute_dtype(query.dtype)
-    of = [item.of_rows(x.to(sums), query.shape) for x in rows]
+    of = [item.of_rows(x.to(sums), query.shape) for x in request.rows]
     matrices, vectors = of[:2], [x.unsqueeze(-2) for x in of[2:]]
     # Sums over keys pass float16's largest number, 65504.
-    products = query.dtype if fast and query.dtype != torch.float16 else sums
-    chosen = kernel_of(kernel)
+    products = query.dtype if request.fast and query.dtype != torch.float16 else sums
+    chosen = kernel_of(request.kernel)
     family = Exponential if chosen.exponential else Pointwise
     learned = None if d_rows is None else tuple(item.of_rows(x, query.shape) for x in d_rows)
     return family(chosen, FeatureRows(*matrices, *vectors), bool(of[3].any()), products, learned)  # pyright: ignore[reportArgumentType]
 
 
-def supports(query: Tensor, key: Tensor, value: Tensor, rows: FeatureRows, kernel: str, fast: bool) -> bool:
+def supports(request: Request) -> bool:
     """Always: every device, type, size and kernel."""
     return True
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rows: FeatureRows,
-    state: StateTensors,
-    key_padding_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    kernel: str,
-    is_causal: bool,
-    fast: bool,
-) -> tuple[Tensor, Tensor, StateTensors]:
+def forward(request: Request) -> tuple[Tensor, Tensor, StateTensors]:
     """Attention outputs, what the backward pass wants to know of each row, and the state after the last key.
-
-    Arguments:
-        query, key, value: as in `favor_attention`, with as many heads each.
-        rows: the features.
-        state: of the keys before these.
-        key_padding_mask, cu_seqlens, is_causal: as in `favor_attention`.
-        kernel: `FavorFeatures.kernel_key`.
-        fast: whether products may be taken in the inputs' type.
 
     Returns:
         out (B, H, Lq, Dv); the (log) denominators (B, H, Lq) when causal, nothing (0,) otherwise; the state.
     """
-    out = query.new_zeros(*query.shape[:3], value.shape[-1])
-    normaliser = state.numerator.new_zeros(query.shape[:3] if is_causal else (0,))
+    query, key, value, _, state, *_ = request
+    out, normaliser = request.output().zero_(), request.normaliser().zero_()
     after = StateTensors(*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in state))
-    for item in _items(query, key, cu_seqlens, is_causal):
-        family = _family(item, query, rows, kernel, fast)
+    for item in _items(request):
+        family = _family(item, request)
         past = item.state(state)
         q, k, v, o = (item.place(x) for x in (query, key, value, out))
-        real = item.real(key_padding_mask, query.shape[1])
-        if is_causal:
+        real = item.real(request.key_padding_mask, query.shape[1])
+        if request.is_causal:
             reached = family.causal(q, k, v, real, past, o, item.place(normaliser))
         else:
             reached = family.bidirectional(q, k, v, real, past, o)
@@ -142,50 +117,28 @@ def forward(
     return out, normaliser, after
 
 
-def backward(
-    d_out: Tensor,
-    d_numerator: Tensor,
-    d_denominator: Tensor,
-    normaliser: Tensor,
-    after: StateTensors,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rows: FeatureRows,
-    state: StateTensors,
-    key_padding_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    kernel: str,
-    is_causal: bool,
-    fast: bool,
-    learned: bool = False,
-) -> tuple[Tensor, ...]:
-    """The gradients of query, key, value, past numerator and past denominator, and of the rows if they are learned.
-
-    Arguments:
-        d_out, d_numerator, d_denominator: the gradients of the output and of the state after the last key.
-        normaliser, after: what `forward` returned.
-        query, key, value, rows, state, key_padding_mask, cu_seqlens, kernel, is_causal, fast: as in `forward`.
-        learned: whether the gradients of the rows of queries and of keys are wanted.
-    """
+def backward(upstream: Upstream, request: Request) -> tuple[Tensor, ...]:
+    """The gradients of query, key, value, past numerator and past denominator, and of the rows if they are learned."""
+    query, key, value, rows, state, *_ = request
     d_query, d_key, d_value, d_past_numerator, d_past_denominator = (
         torch.zeros_like(x, memory_format=torch.contiguous_format)
         for x in (query, key, value, state.numerator, state.denominator)
     )
     d_rows = None
-    if learned:  # heads that share a row each add to a copy of their own, unless all of them do
+    if request.learned:  # heads that share a row each add to a copy of their own, unless all of them do
         shapes = [x.shape if x.shape[:2] == (1, 1) else (*query.shape[:2], *x.shape[2:]) for x in rows[:2]]
         d_rows = (rows.queries.new_zeros(shapes[0]), rows.keys.new_zeros(shapes[1]))
-    for item in _items(query, key, cu_seqlens, is_causal):
-        family = _family(item, query, rows, kernel, fast, d_rows)
+    for item in _items(request):
+        family = _family(item, request, d_rows)
         past = item.state(state)
-        q, k, v, d_o, d_q, d_k, d_v = (item.place(x) for x in (query, key, value, d_out, d_query, d_key, d_value))
-        real = item.real(key_padding_mask, query.shape[1])
-        d_after = (item.summary(d_numerator), item.summary(d_denominator))
+        placed = (item.place(x) for x in (query, key, value, upstream.d_out, d_query, d_key, d_value))
+        q, k, v, d_o, d_q, d_k, d_v = placed
+        real = item.real(request.key_padding_mask, query.shape[1])
+        d_after = (item.summary(upstream.d_numerator), item.summary(upstream.d_denominator))
         # One state per packed sequence would outweigh the sequences: it is computed again.
-        reached = item.state(after) if cu_seqlens is None else family.absorb_all(k, v, real, past)
-        if is_causal:
-            of_rows = item.place(normaliser)
+        reached = item.state(upstream.after) if request.cu_seqlens is None else family.absorb_all(k, v, real, past)
+        if request.is_causal:
+            of_rows = item.place(upstream.normaliser)
             d_past = family.causal_backward(q, k, v, real, past, reached, of_rows, d_o, d_after, d_q, d_k, d_v)
         else:
             d_past = family.bidirectional_backward(q, k, v, real, past, reached, d_o, d_after, d_q, d_k, d_v)

@@ -25,8 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from performers.attention.features import FeatureRows
-from performers.attention.kernels.state import StateTensors
+from performers.attention.kernels.state import Request, StateTensors, Upstream
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
@@ -131,82 +130,52 @@ _FEWEST_FEATURES = 32
 _SIGNED = ("identity", "tanh")
 
 
-def supports(query: Tensor, key: Tensor, value: Tensor, rows: FeatureRows, kernel: str, fast: bool) -> bool:
+def supports(request: Request) -> bool:
     """Whether this backend can take these inputs: on the CPU, in at most 32 bits, and a kernel that it knows."""
-    tensors = (query, key, value, *rows)
+    query, key, value, rows, *_ = request
+    kernel = request.kernel
     return (
         kernel in _KERNELS
         and rows.queries.shape[-2] >= _FEWEST_FEATURES
         and (query.dtype == torch.float32 or kernel not in _SIGNED)
-        and all(x.device.type == "cpu" for x in tensors)
+        and all(x.device.type == "cpu" for x in (query, key, value, *rows))
         and query.dtype in _DTYPES
         and key.dtype == value.dtype == query.dtype
-        and not any(x.requires_grad for x in rows)
+        and not request.learned
         and _available()
     )
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rows: FeatureRows,
-    state: StateTensors,
-    key_padding_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    kernel: str,
-    is_causal: bool,
-    fast: bool,
-) -> tuple[Tensor, Tensor, StateTensors]:
+def forward(request: Request) -> tuple[Tensor, Tensor, StateTensors]:
     """The output (B, H, Lq, Dv), one number per row when causal, and the state after the last key."""
-    out = query.new_empty(*query.shape[:3], value.shape[-1])
-    normaliser = state.numerator.new_empty(query.shape[:3] if is_causal else (0,))
-    after = StateTensors(*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in state))
-    call = _Arguments(query, key, value, rows, state, key_padding_mask, cu_seqlens, kernel, is_causal, fast)
-    call.tensors(out=out, normaliser=normaliser if is_causal else None)
-    if cu_seqlens is None:
+    out, normaliser = request.output(), request.normaliser()
+    after = StateTensors(*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in request.state))
+    call = _Arguments(request)
+    call.tensors(out=out, normaliser=normaliser if request.is_causal else None)
+    if request.cu_seqlens is None:
         call.tensors(after_numerator=after.numerator, after_denominator=after.denominator, after_log=after.log_scale)
     else:  # nobody asks for it
-        for tensor, past in zip(after, state, strict=True):
+        for tensor, past in zip(after, request.state, strict=True):
             tensor.copy_(past)
     call.run("performers_favor_forward")
     return out, normaliser, after
 
 
-def backward(
-    d_out: Tensor,
-    d_numerator: Tensor,
-    d_denominator: Tensor,
-    normaliser: Tensor,
-    after: StateTensors,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rows: FeatureRows,
-    state: StateTensors,
-    key_padding_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    kernel: str,
-    is_causal: bool,
-    fast: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(upstream: Upstream, request: Request) -> tuple[Tensor, ...]:
     """The gradients of query, key and value, and of the past numerator and denominator."""
-    d_query, d_key, d_value, d_past_numerator, d_past_denominator = gradients = (
-        torch.empty_like(query, memory_format=torch.contiguous_format),
-        torch.empty_like(key, memory_format=torch.contiguous_format),
-        torch.empty_like(value, memory_format=torch.contiguous_format),
-        torch.empty_like(state.numerator, memory_format=torch.contiguous_format),
-        torch.empty_like(state.denominator, memory_format=torch.contiguous_format),
-    )
-    call = _Arguments(query, key, value, rows, state, key_padding_mask, cu_seqlens, kernel, is_causal, fast)
-    call.tensors(out=d_out, normaliser=normaliser if is_causal else None, d_query=d_query, d_key=d_key, d_value=d_value)
-    if cu_seqlens is None:
+    wanted = (*request[:3], request.state.numerator, request.state.denominator)
+    gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in wanted)
+    d_query, d_key, d_value, d_past_numerator, d_past_denominator = gradients
+    call = _Arguments(request)
+    call.tensors(out=upstream.d_out, normaliser=upstream.normaliser if request.is_causal else None)
+    call.tensors(d_query=d_query, d_key=d_key, d_value=d_value)
+    if request.cu_seqlens is None:
         call.tensors(
-            after_numerator=after.numerator,
-            after_denominator=after.denominator,
-            after_log=after.log_scale,
-            d_after_numerator=d_numerator,
-            d_after_denominator=d_denominator,
+            after_numerator=upstream.after.numerator,
+            after_denominator=upstream.after.denominator,
+            after_log=upstream.after.log_scale,
+            d_after_numerator=upstream.d_numerator,
+            d_after_denominator=upstream.d_denominator,
             d_past_numerator=d_past_numerator,
             d_past_denominator=d_past_denominator,
         )
@@ -220,19 +189,8 @@ def backward(
 class _Arguments:
     """One call: the numbers and addresses that native.cpp reads, and the tensors that must outlive it."""
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rows: FeatureRows,
-        state: StateTensors,
-        key_padding_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        kernel: str,
-        is_causal: bool,
-        fast: bool,
-    ) -> None:
+    def __init__(self, request: Request) -> None:
+        query, key, value, rows, state, key_padding_mask, cu_seqlens, kernel, is_causal, fast, _ = request
         heads = query.shape[:2]
         self._kept: list[Tensor] = []
         self._call = call = _Call(

@@ -18,16 +18,16 @@ from performers.attention.arguments import segments
 from performers.attention.features import FavorFeatures, FeatureRows, kernel_of
 from performers.attention.kernels import chunked, native, triton_backend
 from performers.attention.kernels.reference import reference
-from performers.attention.kernels.state import StateTensors, compute_dtype
+from performers.attention.kernels.state import Request, StateTensors, Upstream, compute_dtype
 from performers.errors import InputError
 
 
 class Backend(Protocol):
-    """What computes FAVOR attention; see `chunked` for what the functions take and give."""
+    """What computes FAVOR attention; see `chunked` for what the functions give."""
 
-    supports: Callable[..., bool]
-    forward: Callable[..., tuple[Tensor, Tensor, StateTensors]]
-    backward: Callable[..., tuple[Tensor, ...]]
+    supports: Callable[[Request], bool]
+    forward: Callable[[Request], tuple[Tensor, Tensor, StateTensors]]
+    backward: Callable[[Upstream, Request], tuple[Tensor, ...]]
 
 
 # In the order in which "auto" asks them.
@@ -79,40 +79,27 @@ def attend(
         like = torch.empty((), dtype=compute_dtype(query.dtype), device=query.device)
         scaled = kernel_of(kernel).scaled
         state = StateTensors.empty(query.shape[:2], features.size, value.shape[-1], scaled, like)
-    if backend == "reference":
-        return reference(
-            query,
-            key,
-            value,
-            rows,
-            state,
-            key_padding_mask=key_padding_mask,
-            cu_seqlens=cu_seqlens,
-            kernel=kernel_of(kernel),
-            is_causal=is_causal,
-        )
-    fast = features.precision == "fast"
     learned = any(x.requires_grad for x in rows[:2])
-    out, _, *after = _forward(
-        query, key, value, *rows, *state, key_padding_mask, cu_seqlens, kernel, is_causal, fast, backend, learned
-    )
+    fast = features.precision == "fast"
+    request = Request(query, key, value, rows, state, key_padding_mask, cu_seqlens, kernel, is_causal, fast, learned)
+    if backend == "reference":
+        return reference(request)
+    out, _, *after = _forward(*request[:3], *rows, *state, *request[5:], backend)
     return out, StateTensors(*after)
 
 
-def _choose(
-    backend: str, query: Tensor, key: Tensor, value: Tensor, rows: FeatureRows, kernel: str, fast: bool, learned: bool
-) -> Backend:
+def _choose(backend: str, request: Request) -> Backend:
     """The backend to compute with, the same one in the forward and in the backward operator.
 
     It is chosen inside of them: looking for a compiler or for Triton is nothing that `torch.compile` could trace.
     """
     for name in _BACKENDS if backend == "auto" else (backend,):
-        gives_gradients = name == "chunked" or not learned
-        if gives_gradients and _BACKENDS[name].supports(query, key, value, rows, kernel, fast):
+        if _BACKENDS[name].supports(request):
             return _BACKENDS[name]
+    query = request.query
     raise InputError(
-        f"backend={backend!r} cannot compute kernel={kernel!r} for {query.dtype} on {query.device.type} with head size "
-        f"{query.shape[-1]}{' and learned rows' if learned else ''} here; backend='auto' finds one that can."
+        f"backend={backend!r} cannot compute kernel={request.kernel!r} for {query.dtype} on {query.device.type} with head size "
+        f"{query.shape[-1]}{' and learned rows' if request.learned else ''} here; backend='auto' finds one that can."
     )
 
 
@@ -138,25 +125,15 @@ def _forward(
     kernel: str,
     is_causal: bool,
     fast: bool,
-    backend: str,
     learned: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if cu_seqlens is not None:
         segments(cu_seqlens, query.shape[2])  # refuses offsets that do not rise; a backend may take them as they are
-    rows = FeatureRows(query_rows, key_rows, metric, bias)
+    rows, past = FeatureRows(query_rows, key_rows, metric, bias), StateTensors(numerator, denominator, log_scale)
+    request = Request(query, key, value, rows, past, key_padding_mask, cu_seqlens, kernel, is_causal, fast, learned)
     with torch.autocast(query.device.type, enabled=False):
-        out, normaliser, after = _choose(backend, query, key, value, rows, kernel, fast, learned).forward(
-            query,
-            key,
-            value,
-            rows,
-            StateTensors(numerator, denominator, log_scale),
-            key_padding_mask,
-            cu_seqlens,
-            kernel,
-            is_causal,
-            fast,
-        )
+        out, normaliser, after = _choose(backend, request).forward(request)
     return out, normaliser, after.numerator, after.denominator, after.log_scale
 
 
@@ -197,30 +174,15 @@ def _backward(
     kernel: str,
     is_causal: bool,
     fast: bool,
-    backend: str,
     learned: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows = FeatureRows(query_rows, key_rows, metric, bias)
-    wanted = {"learned": True} if learned else {}
+    rows, past = FeatureRows(query_rows, key_rows, metric, bias), StateTensors(numerator, denominator, log_scale)
+    request = Request(query, key, value, rows, past, key_padding_mask, cu_seqlens, kernel, is_causal, fast, learned)
+    after = StateTensors(after_numerator, after_denominator, after_log_scale)
+    upstream = Upstream(d_out, d_numerator, d_denominator, normaliser, after)
     with torch.autocast(query.device.type, enabled=False):
-        gradients = _choose(backend, query, key, value, rows, kernel, fast, learned).backward(
-            d_out,
-            d_numerator,
-            d_denominator,
-            normaliser,
-            StateTensors(after_numerator, after_denominator, after_log_scale),
-            query,
-            key,
-            value,
-            rows,
-            StateTensors(numerator, denominator, log_scale),
-            key_padding_mask,
-            cu_seqlens,
-            kernel,
-            is_causal,
-            fast,
-            **wanted,
-        )
+        gradients = _choose(backend, request).backward(upstream, request)
     if learned:
         return gradients  # pyright: ignore[reportReturnType]
     return *gradients, query_rows.new_zeros(0), key_rows.new_zeros(0)  # pyright: ignore[reportReturnType]
@@ -231,23 +193,34 @@ def _(
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     query, key, value, query_rows, key_rows, _, _, numerator, denominator = arguments[7:16]
-    learned = arguments[-1]
+    learned = arguments[-2]
     rows = [_contiguous_like(x) if learned else x.new_empty(0) for x in (query_rows, key_rows)]
     d_inputs = (_contiguous_like(x) for x in (query, key, value, numerator, denominator))
     return *d_inputs, *rows  # pyright: ignore[reportReturnType]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, kernel, is_causal, fast, backend, learned = inputs
+    tensors, flags = inputs[:12], inputs[12:]
+    ctx.set_materialize_grads(False)  # a gradient of the normaliser, which has none, would be as large as it
     ctx.save_for_backward(*output[1:], *tensors)
     ctx.mark_non_differentiable(output[1], output[4])
-    ctx.arguments = (kernel, is_causal, fast, backend, learned)
+    ctx.flags = flags
 
 
-def _backward_of(ctx: Any, d_out: Tensor, _: Tensor, d_numerator: Tensor, d_denominator: Tensor, __: Tensor) -> Any:
-    gradients = _backward(d_out, d_numerator, d_denominator, *ctx.saved_tensors, *ctx.arguments)
+def _backward_of(
+    ctx: Any, d_out: Tensor | None, _: None, d_numerator: Tensor | None, d_denominator: Tensor | None, __: None
+) -> Any:
+    saved = ctx.saved_tensors
+    _, numerator, denominator, _, query, _, value, *_ = saved
+    if d_out is None:
+        d_out = query.new_zeros(*query.shape[:3], value.shape[-1])
+    d_numerator, d_denominator = (
+        x.new_zeros(x.shape) if gradient is None else gradient
+        for gradient, x in ((d_numerator, numerator), (d_denominator, denominator))
+    )
+    gradients = _backward(d_out, d_numerator, d_denominator, *saved, *ctx.flags)
     d_q, d_k, d_v, d_past_numerator, d_past_denominator, *d_rows = gradients
-    d_rows = d_rows if ctx.arguments[-1] else [None, None]
+    d_rows = d_rows if ctx.flags[-2] else [None, None]
     return d_q, d_k, d_v, *d_rows, None, None, d_past_numerator, d_past_denominator, *[None] * 8
 
 

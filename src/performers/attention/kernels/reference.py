@@ -8,33 +8,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from performers.attention.features import FeatureRows, Kernel
-from performers.attention.kernels.state import StateTensors, compute_dtype, finite, guarded
+from performers.attention.features import FeatureRows, Kernel, kernel_of
+from performers.attention.kernels.state import Request, StateTensors, compute_dtype, finite, guarded
 from performers.attention.visibility import visible_keys
 
 
-def reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rows: FeatureRows,
-    state: StateTensors,
-    *,
-    key_padding_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    kernel: Kernel,
-    is_causal: bool,
-) -> tuple[Tensor, StateTensors]:
+def reference(request: Request) -> tuple[Tensor, StateTensors]:
     """The output (B, H, Lq, Dv) and the state after the last key."""
+    query, key_padding_mask, kernel = request.query, request.key_padding_mask, kernel_of(request.kernel)
     with torch.autocast(query.device.type, enabled=False):
-        q, k, v = query.double(), key.double(), value.double()
-        rows, past = FeatureRows(*(x.double() for x in rows)), StateTensors(*(x.double() for x in state))
+        q, k, v = (x.double() for x in request[:3])
+        rows, past = (
+            FeatureRows(*(x.double() for x in request.rows)),
+            StateTensors(*(x.double() for x in request.state)),
+        )
         visible = visible_keys(
             q.shape[-2],
             k.shape[-2],
-            is_causal=is_causal,
+            is_causal=request.is_causal,
             key_padding_mask=key_padding_mask,
-            cu_seqlens=cu_seqlens,
+            cu_seqlens=request.cu_seqlens,
             device=q.device,
         )
         real = None if key_padding_mask is None else key_padding_mask[:, None, :, None]

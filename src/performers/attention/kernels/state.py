@@ -1,4 +1,4 @@
-"""What the backends share: the summary of past keys, and how a row is divided by its sum of weights."""
+"""What the backends share: what they are asked, the summary of past keys, and how a row is divided by its sum of weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from performers.attention.features import FeatureRows
 
 ROWS = 512  # of a bidirectional chunk: its features stay in cache
 CAUSAL_ROWS = 128  # of a causal chunk: its weights cost C per row, the state M
@@ -39,6 +41,56 @@ class StateTensors(NamedTuple):
             like.new_zeros(*shape, num_features),
             like.new_full((*shape, num_features), nothing),
         )
+
+
+class Request(NamedTuple):
+    """One call of attention, as every backend takes it.
+
+    Attributes:
+        query, key, value: as in `favor_attention`, with as many heads each.
+        rows: the features.
+        state: of the keys before these.
+        key_padding_mask, cu_seqlens: as in `favor_attention`.
+        kernel: `FavorFeatures.kernel_key`.
+        is_causal: as in `favor_attention`.
+        fast: whether products may be taken in the inputs' type.
+        learned: whether the backward pass is asked for the gradients of the rows of queries and of keys.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    rows: FeatureRows
+    state: StateTensors
+    key_padding_mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    kernel: str = "softmax"
+    is_causal: bool = False
+    fast: bool = False
+    learned: bool = False
+
+    def output(self) -> Tensor:
+        """Room for the output, (B, H, Lq, Dv)."""
+        return self.query.new_empty(*self.query.shape[:3], self.value.shape[-1])
+
+    def normaliser(self) -> Tensor:
+        """Room for one number per row, (B, H, Lq), which only causal attention keeps."""
+        return self.state.numerator.new_empty(self.query.shape[:3] if self.is_causal else (0,))
+
+
+class Upstream(NamedTuple):
+    """What a backward pass starts from: the gradients of the results of the forward pass, and what that kept.
+
+    Attributes:
+        d_out, d_numerator, d_denominator: the gradients of the output and of the state after the last key.
+        normaliser, after: what the forward pass returned.
+    """
+
+    d_out: Tensor
+    d_numerator: Tensor
+    d_denominator: Tensor
+    normaliser: Tensor
+    after: StateTensors
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 from performers.attention.arguments import segments
-from performers.attention.features import FeatureRows, kernel_of
+from performers.attention.features import kernel_of
 from performers.attention.kernels.exponential import LOST_BELOW, SAFE_ABOVE
-from performers.attention.kernels.state import StateTensors, finite
+from performers.attention.kernels.state import Request, StateTensors, Upstream, finite
 
 ROWS = 64  # of a causal job, and of a block of queries; half as many where products are float32
 FEATURES = 64  # of a block
@@ -173,7 +173,9 @@ class _Problem:
     precision: str
 
     @classmethod
-    def of(cls, query: Tensor, value: Tensor, rows: FeatureRows, kernel: str, fast: bool) -> _Problem:
+    def of(cls, request: Request) -> _Problem:
+        query, _, value, rows, *_ = request
+        kernel, fast = request.kernel, request.fast
         half = query.dtype != torch.float32
         dot = torch.bfloat16 if query.dtype == torch.bfloat16 else torch.float32
         split = half and not fast
@@ -529,11 +531,13 @@ def _spans(batch: int, start: int, stop: int) -> list[_Span]:
     return [_Span(row, row, start, stop) for row in range(batch)]
 
 
-def supports(query: Tensor, key: Tensor, value: Tensor, rows: FeatureRows, kernel: str, fast: bool) -> bool:
+def supports(request: Request) -> bool:
     """Whether the inputs are on a GPU (or Triton interprets), of a type, size and kernel that there are Triton kernels for."""
+    query, key, value, rows, *_ = request
+    kernel = request.kernel
     if query.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not query.dtype == key.dtype == value.dtype:
         return False
-    if torch.is_grad_enabled() and any(x.requires_grad for x in rows):
+    if request.learned:
         return False
     if not (kernel in POINTWISE or kernel_of(kernel).exponential):
         return False
@@ -562,16 +566,9 @@ class _Inputs:
     prefix: int  # keys before the first query
 
     @classmethod
-    def of(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        is_causal: bool,
-    ) -> _Inputs:
-        query, key, value = _unit(query), _unit(key), _unit(value)
+    def of(cls, request: Request) -> _Inputs:
+        query, key, value = (_unit(x) for x in request[:3])
+        mask, cu_seqlens, is_causal = request.key_padding_mask, request.cu_seqlens, request.is_causal
         mask = None if mask is None else mask.contiguous().view(torch.uint8)
         early, prefix = (max(0, x.shape[2] - y.shape[2]) if is_causal else 0 for x, y in ((query, key), (key, query)))
         if cu_seqlens is not None:
@@ -593,25 +590,13 @@ class _Inputs:
         )
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rows: FeatureRows,
-    state: StateTensors,
-    key_padding_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    kernel: str,
-    is_causal: bool,
-    fast: bool,
-) -> tuple[Tensor, Tensor, StateTensors]:
+def forward(request: Request) -> tuple[Tensor, Tensor, StateTensors]:
     """The output, the (log) denominators of causal rows and the state after the last key; see `chunked.forward`."""
-    inputs = _Inputs.of(query, key, value, key_padding_mask, cu_seqlens, is_causal)
-    problem = _Problem.of(query, value, rows, kernel, fast)
-    out = query.new_empty(*query.shape[:3], value.shape[-1])
-    normaliser = state.numerator.new_empty(query.shape[:3] if is_causal else (0,))
+    query, state = request.query, request.state
+    inputs, problem = _Inputs.of(request), _Problem.of(request)
+    out, normaliser = request.output(), request.normaliser()
     carried = _Carried(problem, None if inputs.packed else state)
-    if is_causal:
+    if request.is_causal:
         if inputs.prefix:
             for _ in _absorb(problem, inputs, _spans(query.shape[0], 0, inputs.prefix), carried):
                 pass
@@ -650,37 +635,22 @@ def _absorb(
         yield group, states
 
 
-def backward(
-    d_out: Tensor,
-    d_numerator: Tensor,
-    d_denominator: Tensor,
-    normaliser: Tensor,
-    after: StateTensors,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rows: FeatureRows,
-    state: StateTensors,
-    key_padding_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    kernel: str,
-    is_causal: bool,
-    fast: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(upstream: Upstream, request: Request) -> tuple[Tensor, ...]:
     """The gradients of query, key, value, past numerator and past denominator; see `chunked.backward`."""
-    inputs = _Inputs.of(query, key, value, key_padding_mask, cu_seqlens, is_causal)
-    problem = _Problem.of(query, value, rows, kernel, fast)
+    query, key, value, _, state, *_ = request
+    inputs, problem = _Inputs.of(request), _Problem.of(request)
     d_query, d_key, d_value = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
     slope = state.numerator.new_empty(query.shape[:3])
-    norm = normaliser if is_causal else torch.empty_like(slope)
+    norm = upstream.normaliser if request.is_causal else torch.empty_like(slope)
     # d_numerator and d_denominator are with respect to sums that were divided by exp(log_scale).
-    scale = -finite(after.log_scale)
-    reverse = _Carried(problem, None if inputs.packed else StateTensors(d_numerator, d_denominator, scale))
-    call = _Backward(problem, inputs, _unit(d_out), d_query, d_key, d_value, norm, slope, reverse)
-    if is_causal:
+    scale = -finite(upstream.after.log_scale)
+    d_after = StateTensors(upstream.d_numerator, upstream.d_denominator, scale)
+    reverse = _Carried(problem, None if inputs.packed else d_after)
+    call = _Backward(problem, inputs, _unit(upstream.d_out), d_query, d_key, d_value, norm, slope, reverse)
+    if request.is_causal:
         call.causal(_Carried(problem, None if inputs.packed else state))
     else:
-        call.bidirectional(None if inputs.packed else after)
+        call.bidirectional(None if inputs.packed else upstream.after)
     if reverse.all is None:
         return d_query, d_key, d_value, torch.zeros_like(state.numerator), torch.zeros_like(state.denominator)
     d_past, r, scale = reverse.all
