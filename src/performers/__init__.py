@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         sparse_attention,
         sparse_pattern,
     )
-    from performers.conversion import convert, load
+    from performers.conversion import calibrate, convert, load
     from performers.data import Corpus, build_corpus, read_fasta
     from performers.models import (
         PerformerConfig,
@@ -46,6 +46,7 @@ _HOME = {
     "reformer_attention": "performers.attention",
     "sparse_attention": "performers.attention",
     "sparse_pattern": "performers.attention",
+    "calibrate": "performers.conversion",
     "convert": "performers.conversion",
     "load": "performers.conversion",
     "Corpus": "performers.data",
@@ -76,6 +77,7 @@ __all__ = [
     "PerformerTokenizer",
     "__version__",
     "build_corpus",
+    "calibrate",
     "convert",
     "evaluate",
     "exact_attention",

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from performers.attention import ExactAttention, FavorAttention, favor_attention, visible_keys
+from performers.attention import (
+    ExactAttention,
+    FavorAttention,
+    LocalAttention,
+    MaterialisedAttention,
+    SplitAttention,
+    favor_attention,
+    visible_keys,
+)
 from performers.attention.reformer import ReformerAttention, hash_buckets
 from performers.attention.sparse import SparseAttention
 
@@ -45,7 +53,21 @@ def exact_oracle(
     return (torch.softmax(logits, -1) * visible) @ v
 
 
-def sparse_oracle(mechanism: SparseAttention, q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
+def _sees(mechanism: SparseAttention | LocalAttention, i: Tensor, j: Tensor) -> Tensor:
+    """Which positions j those at i see, before causality."""
+    if isinstance(mechanism, LocalAttention):
+        return (i - j).abs() < mechanism.window
+    stride, summary = mechanism.stride, mechanism.summary
+    assert stride is not None
+    if mechanism.pattern == "strided":
+        return ((i - j).abs() <= stride) | ((i - j) % stride == 0)
+    assert summary is not None
+    return (i // stride == j // stride) | (j % stride >= stride - summary)
+
+
+def sparse_oracle(
+    mechanism: SparseAttention | LocalAttention, q: Tensor, k: Tensor, v: Tensor, **arguments: Any
+) -> Tensor:
     """Exact attention, one sequence after the other, under the pattern written out as a matrix over its real tokens."""
     k, v = (x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     rows, q = [], q.double()
@@ -62,13 +84,8 @@ def sparse_oracle(mechanism: SparseAttention, q: Tensor, k: Tensor, v: Tensor, *
             # positions: real keys count from 0; queries before the first key come before them
             position = torch.cat([torch.arange(-early, 0), torch.where(real, real.cumsum(0) - 1, -(10**6))])
             p_k, p_q = position[early:], position[len(position) - num_queries :]
-            stride, summary = mechanism.stride, mechanism.summary
             i, j = p_q[:, None], p_k[None]
-            if mechanism.pattern == "strided":
-                visible = ((i - j).abs() <= stride) | ((i - j) % stride == 0)
-            else:
-                visible = (i // stride == j // stride) | (j % stride >= stride - summary)
-            visible = visible & (i > -(10**6)) & (j > -(10**6))
+            visible = _sees(mechanism, i, j) & (i > -(10**6)) & (j > -(10**6))
             if arguments.get("is_causal"):
                 visible = visible & (j <= i)
             logits = (q[row, :, at_q] @ k[row, :, at_k].mT * q.shape[-1] ** -0.5).masked_fill(~visible, -1e300)
@@ -78,7 +95,12 @@ def sparse_oracle(mechanism: SparseAttention, q: Tensor, k: Tensor, v: Tensor, *
 
 
 def reformer_oracle(mechanism: ReformerAttention, q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
-    """Exact attention, one sequence and head after the other, under what each round of hashing shows."""
+    """Exact attention, one sequence and head after the other, under what each round of hashing shows.
+
+    With one tensor for queries and keys, shared-QK attention: keys q / |q|, a token to itself only if it sees nothing else.
+    """
+    shared = k is q
+    k = torch.nn.functional.normalize(k, dim=-1) if shared else k
     k, v = (x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     q, cuts, mask = q.double(), arguments.get("cu_seqlens"), arguments.get("key_padding_mask")
     out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=torch.float64)
@@ -107,11 +129,26 @@ def reformer_oracle(mechanism: ReformerAttention, q: Tensor, k: Tensor, v: Tenso
                 visible |= (ahead == 0) | (ahead == 1)
             if arguments.get("is_causal"):
                 visible &= torch.arange(count) <= place[:, None]
-            logits = (one_q[kept] @ one_k[real].T * q.shape[-1] ** -0.5).masked_fill(~visible, -1e300)
+            logits = one_q[kept] @ one_k[real].T * q.shape[-1] ** -0.5
+            if shared:
+                logits = logits.masked_fill(place[:, None] == torch.arange(count), -1e5)
+            logits = logits.masked_fill(~visible, -1e300)
             rows = torch.arange(q.shape[2])[start:stop][kept]
             attended = (torch.softmax(logits, -1) * visible) @ one_v[real]
             out = out.index_put((torch.tensor(row), torch.tensor(head), rows), attended)
     return out
+
+
+def split_oracle(mechanism: SplitAttention, q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
+    """Each half's own oracle."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    arguments.pop("enable_gqa", None)
+    at = mechanism.first_heads(q.shape[1])
+    local, favor = mechanism.first, mechanism.second
+    assert isinstance(local, LocalAttention)
+    assert isinstance(favor, FavorAttention)
+    first, second = ([x[:, heads] for x in (q, k, v)] for heads in (slice(None, at), slice(at, None)))
+    return torch.cat([sparse_oracle(local, *first, **arguments), favor_oracle(favor, *second, **arguments)], 1)
 
 
 @dataclass(frozen=True)
@@ -140,10 +177,11 @@ class Case:
 
 def _favor(head_dim: int, num_features: int, **arguments: Any) -> FavorAttention:
     mechanism = FavorAttention(head_dim, num_features=num_features, **arguments)
-    if arguments.get("kernel") in ("softmax-optimal", "softmax-sharp"):
-        # Tokens of another distribution than those of the laws, so that none of the parameters is one or zero.
+    if arguments.get("kernel") in ("softmax-optimal", "softmax-sharp", "softmax-prototypes"):
+        # Tokens of another distribution than those of the laws, so that none of the parameters is one or zero; and many of
+        # them, so that prototypes are clusters and not single tokens.
         generator = torch.Generator().manual_seed(head_dim)
-        q, k = (torch.randn(1, 1, 200, head_dim, generator=generator) for _ in range(2))
+        q, k = (torch.randn(1, 1, 4000, head_dim, generator=generator) for _ in range(2))
         stretch = torch.linspace(0.3, 0.7, head_dim)
         mechanism.features.calibrate_(q * stretch + 0.1, k * stretch.flip(0) - 0.1)
     return mechanism
@@ -162,6 +200,7 @@ CASES = [
     favor("softmax-trig", kernel="softmax-trig", positive=False),
     favor("softmax-optimal", kernel="softmax-optimal"),
     favor("softmax-sharp", kernel="softmax-sharp"),
+    favor("softmax-prototypes", kernel="softmax-prototypes"),
     favor("softmax-hadamard", kernel="softmax", projection="hadamard"),
     favor("softmax-givens", kernel="softmax", projection="givens"),
     # "auto" takes the native backend where it can: this is the one that remains without a compiler
@@ -200,6 +239,17 @@ CASES = [
         hashes=True,
     ),
     Case("exact", lambda head_dim, _: ExactAttention(head_dim), exact_oracle, has_features=False),
+    Case("exact-materialised", lambda head_dim, _: MaterialisedAttention(head_dim), exact_oracle, has_features=False),
+    Case("local", lambda head_dim, _: LocalAttention(head_dim, window=16), sparse_oracle, has_features=False),
+    Case(
+        "split-local-favor",
+        lambda head_dim, num_features: SplitAttention(
+            head_dim,
+            first_kwargs={"window": 16},
+            second_kwargs={"kernel": "softmax", "num_features": num_features},
+        ),
+        split_oracle,
+    ),
 ]
 POSITIVE_CASES = [case for case in CASES if case.positive]
 EXACTLY_CAUSAL_CASES = [case for case in CASES if not case.hashes]

@@ -20,6 +20,7 @@ from performers.attention.published import published_attention
 from performers.errors import InputError, UnsupportedError
 
 DRAWS = 4000
+FITTED = ["softmax-optimal", "softmax-sharp", "softmax-prototypes"]
 PROJECTIONS = ["orthogonal", "iid", "hadamard", "givens"]
 # A row of a Hadamard projection is N(0, I) only nearly: its entries are sums of signs, and at D = 8 the kernel is off by this.
 BIAS = {"hadamard": 0.02}
@@ -67,7 +68,7 @@ def test_softmax_features_estimate_the_kernel_without_bias(
     norm: float, angle: float, kernel: str, projection: str
 ) -> None:
     x, y = pair(norm, angle)
-    found = estimates(x, y, 16, kernel, projection, calibrate=kernel_of(kernel).proposal is not None)
+    found = estimates(x, y, 16, kernel, projection, calibrate=kernel_of(kernel).fitted is not None)
     standard_error, exact = found.std() / DRAWS**0.5, torch.exp(x @ y)
     assert abs(found.mean() - exact) < 4 * standard_error + BIAS.get(projection, 0.0) * exact
 
@@ -190,7 +191,7 @@ def test_no_orthogonal_projection_is_worse_than_independent_rows(
     norm: float, angle: float, projection: str, kernel: str
 ) -> None:
     x, y = pair(norm, angle)
-    calibrate = kernel_of(kernel).proposal is not None
+    calibrate = kernel_of(kernel).fitted is not None
     iid, orthogonal = (
         (estimates(x, y, 8, kernel, name, calibrate=calibrate) - torch.exp(x @ y)).square()
         for name in ("iid", projection)
@@ -365,7 +366,7 @@ def test_calibrated_features_beat_plain_ones_by_fifteen_per_cent_on_the_referenc
     assert mean_error(kernel, q, k) < 0.85 * mean_error("softmax", q, k)
 
 
-@pytest.mark.parametrize("kernel", ["softmax-optimal", "softmax-sharp"])
+@pytest.mark.parametrize("kernel", FITTED)
 def test_rows_and_forward_are_the_same_features(kernel: str) -> None:
     q, k = (x.double() for x in reference_draw("anisotropic", 60))
     features = FavorFeatures(16, 50, kernel).calibrate_(q, k)
@@ -374,7 +375,7 @@ def test_rows_and_forward_are_the_same_features(kernel: str) -> None:
     torch.testing.assert_close(attention, weights / weights.sum(-1, keepdim=True), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("kernel", ["softmax-optimal", "softmax-sharp"])
+@pytest.mark.parametrize("kernel", FITTED)
 def test_calibration_is_per_head_and_over_the_real_tokens_of_the_batch(kernel: str) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(2, 4, 40, 8, generator=generator) * torch.arange(1, 5)[:, None, None] for _ in range(2))
@@ -396,7 +397,7 @@ def test_calibration_is_per_head_and_over_the_real_tokens_of_the_batch(kernel: s
     torch.testing.assert_close(dict(grouped.named_buffers()), dict(repeated.named_buffers()))
 
 
-@pytest.mark.parametrize("kernel", ["softmax-optimal", "softmax-sharp"])
+@pytest.mark.parametrize("kernel", FITTED)
 def test_a_calibration_is_saved_copied_and_cast_and_survives_a_redraw(kernel: str) -> None:
     q, k = (x.expand(2, 3, -1, -1) for x in reference_draw("anisotropic", 50))
     features = FavorFeatures(16, 20, kernel).calibrate_(q, k)
@@ -412,14 +413,18 @@ def test_a_calibration_is_saved_copied_and_cast_and_survives_a_redraw(kernel: st
         assert torch.equal(attention_matrix(q, k, other, is_causal=True), expected)
     other.load_state_dict(FavorFeatures(16, 20, kernel).state_dict())
     assert not other.is_calibrated
-    before = features.proposal_factor.clone()
+    before = {name: tensor.clone() for name, tensor in features.named_buffers() if name != "projection"}
     features.redraw_(torch.Generator().manual_seed(1))
-    assert torch.equal(features.proposal_factor, before)
+    for name, tensor in before.items():
+        assert torch.equal(features.get_buffer(name), tensor)
     with torch.device("meta"):
-        assert FavorFeatures(16, 20, kernel, calibrated_heads=3).proposal_factor.device.type == "cpu"
-    # Parameters that wait to be loaded are those of FAVOR+.
-    waiting = FavorFeatures(16, 20, kernel, calibrated_heads=3)
-    torch.testing.assert_close(attention_matrix(q, k, waiting), attention_matrix(q, k, FavorFeatures(16, 20)))
+        waiting = FavorFeatures(16, 20, kernel, calibrated_heads=3)
+    assert {tensor.device.type for tensor in waiting.buffers()} == {"cpu"}
+    # Parameters that wait to be loaded are those of FAVOR+, or of no prototypes in particular.
+    plain = FavorFeatures(16, 20, "exp" if kernel == "softmax-prototypes" else "softmax")
+    if kernel == "softmax-prototypes":
+        plain.projection.zero_()
+    torch.testing.assert_close(attention_matrix(q, k, waiting), attention_matrix(q, k, plain))
 
 
 @pytest.mark.parametrize("kernel", ["softmax-optimal", "softmax-sharp"])
@@ -521,6 +526,96 @@ def test_a_calibration_that_cannot_be_is_refused_in_words() -> None:
     features.calibrate_(q, q)
     with pytest.raises(InputError, match="calibrated for 4 heads"):
         favor_attention(q[:, :2], q[:, :2], q[:, :2], features)
+
+
+# -- Prototypes --
+
+
+def kinds_of_tokens(generator: torch.Generator, kinds: int = 60, length: int = 400) -> tuple[Tensor, Tensor]:
+    """Queries of some kinds, that vary a little, and keys with unequal coordinates: large, as in trained models."""
+    kind = torch.randn(kinds, 32, generator=torch.Generator().manual_seed(5))
+    q, k = (torch.randn(4, 2, length, 32, generator=generator) for _ in range(2))
+    spread = torch.linspace(1.0, -1.0, 32).exp()
+    return kind[torch.randint(kinds, (4, 2, length), generator=generator)] * 2 + q * 0.3, k * spread + 0.5
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_prototypes_more_than_halve_the_error_of_favor_plus_on_sequences_that_they_have_not_seen(
+    is_causal: bool,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = FavorFeatures(32, 128, "softmax-prototypes").calibrate_(*kinds_of_tokens(generator))
+    q, k = kinds_of_tokens(generator)
+    v = torch.randn(4, 2, 400, 8, generator=generator)
+    exact = exact_attention(q, k, v, is_causal=is_causal)
+    plain, sharp = FavorFeatures(32, 128), FavorFeatures(32, 128, "softmax-sharp").calibrate_(q, k)
+    error, of_plain, of_sharp = (
+        ((favor_attention(q, k, v, chosen, is_causal=is_causal) - exact).norm() / exact.norm()).item()
+        for chosen in (features, plain, sharp)
+    )
+    assert error < 0.5 * min(of_plain, of_sharp), (error, of_plain, of_sharp)
+
+
+def test_more_prototypes_come_closer() -> None:
+    generator = torch.Generator().manual_seed(0)
+    seen, (q, k) = kinds_of_tokens(generator), kinds_of_tokens(generator)
+    exact, errors = attention_matrix(q, k, None), []
+    for num_features in (8, 24, 72):
+        features = FavorFeatures(32, num_features, "softmax-prototypes").calibrate_(*seen)
+        errors.append(((attention_matrix(q, k, features) - exact).norm() / exact.norm()).item())
+    assert errors[1] < 0.9 * errors[0], errors
+    assert errors[2] < 0.9 * errors[1], errors
+
+
+def test_as_many_prototypes_as_queries_are_exact_attention() -> None:
+    q, k = reference_draw("anisotropic", 50)
+    features = FavorFeatures(16, 64, "softmax-prototypes").calibrate_(4 * q, k)
+    torch.testing.assert_close(
+        attention_matrix(4 * q, k, features), attention_matrix(4 * q, k, None), rtol=1e-3, atol=1e-5
+    )
+
+
+def test_prototypes_are_a_pure_function_of_the_seed_and_the_tokens() -> None:
+    q, k = reference_draw("anisotropic", 100)
+    first, second, other = (
+        attention_matrix(q, k, FavorFeatures(16, 20, "softmax-prototypes", seed=seed).calibrate_(q, k))
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+def test_clusters_of_more_tokens_than_are_looked_at_are_those_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("performers.attention.prototypes.MOST_TOKENS", 1000)
+    generator = torch.Generator().manual_seed(0)
+    features = FavorFeatures(32, 128, "softmax-prototypes").calibrate_(*kinds_of_tokens(generator))
+    q, k = kinds_of_tokens(generator)
+    exact = attention_matrix(q, k, None)
+    assert (attention_matrix(q, k, features) - exact).norm() < 0.5 * exact.norm()
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_prototypes_of_few_equal_or_far_out_tokens_are_sound(length: int) -> None:
+    q, k, v = (torch.randn(1, 1, length, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    for a, b in (
+        (q, k),
+        (q[:, :, :1].expand_as(q), k),
+        (q, k[:, :, :1].expand_as(k)),
+        (20 * q, 20 * k),
+        (0 * q, 0 * k),
+    ):
+        features = FavorFeatures(8, 32, "softmax-prototypes").calibrate_(a, b)
+        torch.testing.assert_close(favor_attention(a, b, v, features), exact_attention(a, b, v), rtol=1e-2, atol=1e-3)
+
+
+def test_prototypes_that_are_not_there_or_of_another_number_are_refused_in_words() -> None:
+    q = torch.randn(1, 2, 10, 8)
+    features = FavorFeatures(8, 16, "softmax-prototypes")
+    for use in (lambda: favor_attention(q, q, q, features), lambda: features(q)):
+        with pytest.raises(InputError, match=r"not calibrated: call features\.calibrate_"):
+            use()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        features.load_state_dict(FavorFeatures(8, 20, "softmax-prototypes").calibrate_(q, q).state_dict())
 
 
 # -- Projections --

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
+from mechanisms import reformer_oracle
 from torch import Tensor
 
 from performers import exact_attention, reformer_attention, sparse_attention, sparse_pattern
+from performers.attention import ReformerAttention, SparseAttention
 from performers.errors import InputError
 
 
@@ -46,6 +49,31 @@ def test_one_chunk_for_all_keys_is_exact_shared_attention(is_causal: bool, num_h
 def test_one_chunk_for_separate_keys_is_exact_attention() -> None:
     q, k, v = draw(75)
     torch.testing.assert_close(reformer_attention(q, k, v, bucket_size=100), exact_attention(q, k, v))
+
+
+@pytest.mark.parametrize("layout", ["plain", "padded", "packed"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("num_hashes", "length"), [(1, 97), (3, 300)])
+def test_shared_queries_and_keys_obey_the_laws_of_padding_and_packing(
+    num_hashes: int, length: int, is_causal: bool, layout: str
+) -> None:
+    mechanism = ReformerAttention(16, num_hashes=num_hashes, bucket_size=16)
+    q, _, v = draw(length)
+    arguments: dict[str, Tensor | bool] = {"is_causal": is_causal}
+    if layout == "padded":
+        mask = torch.rand(1, length, generator=torch.Generator().manual_seed(4)) > 0.3
+        mask[:, :20] = False
+        arguments["key_padding_mask"] = mask
+    if layout == "packed":
+        arguments["cu_seqlens"] = torch.tensor([0, 1, 1, 40, length])
+    inputs, exact = [[x.to(dtype).requires_grad_() for x in (q, v)] for dtype in (torch.float32, torch.float64)]
+    out = mechanism(inputs[0], inputs[0], inputs[1], **arguments)
+    expected = reformer_oracle(mechanism, exact[0], exact[0], exact[1], **arguments)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    found = torch.autograd.grad(out, inputs, upstream)
+    for actual, wanted in zip(found, torch.autograd.grad(expected, exact, upstream.double()), strict=True):
+        torch.testing.assert_close(actual.double(), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_token_that_sees_nothing_else_attends_to_itself() -> None:
@@ -94,6 +122,28 @@ def test_many_buckets_are_hashed_in_two_factors() -> None:
     assert not torch.allclose(out, v)
 
 
+def later_tokens_move_it(attend: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """How much of the first half's output other tokens in the second half change, as a share of its norm."""
+    q, _, v = draw(1024, dim=32)
+    other, _, other_v = draw(1024, dim=32, seed=1)
+    before = attend(q, v)[:, :, :512]
+    after = attend(torch.cat([q[:, :, :512], other[:, :, 512:]], 2), torch.cat([v[:, :, :512], other_v[:, :, 512:]], 2))
+    return ((after[:, :, :512] - before).norm() / before.norm()).item()
+
+
+def test_how_much_later_tokens_move_causal_hashing_is_known() -> None:
+    """By a share of the output's norm, less so where more rounds show more keys, and not at all where one chunk holds all."""
+
+    def moved(num_hashes: int, bucket_size: int) -> float:
+        return later_tokens_move_it(
+            lambda q, v: reformer_attention(q, q, v, num_hashes=num_hashes, bucket_size=bucket_size, is_causal=True)
+        )
+
+    assert 0.1 < moved(8, 64) < moved(1, 64) < 0.8
+    assert moved(4, 1024) < 1e-6
+    assert later_tokens_move_it(lambda q, v: exact_attention(q, q, v, is_causal=True)) < 1e-6
+
+
 def test_causal_hashing_depends_on_later_tokens_which_is_its_nature() -> None:
     """The weights are causal; which earlier keys fill a query's chunks is not. The docstring of the module says so."""
     q, _, v = draw(512)
@@ -106,6 +156,22 @@ def test_causal_hashing_depends_on_later_tokens_which_is_its_nature() -> None:
     changed_q[:, :, 256:] = changed_q[:, :, 256:].roll(1, -1)  # but later queries move the borders of chunks
     after = reformer_attention(changed_q, changed_q, v, num_hashes=2, bucket_size=32, is_causal=True)[:, :, :256]
     assert not torch.allclose(after, before)
+
+
+def test_a_state_hashes_anew_and_is_exact_where_one_chunk_holds_all_keys() -> None:
+    q, _, v = draw(200)
+    for bucket_size, exact in ((200, True), (16, False)):
+        mechanism = ReformerAttention(16, num_hashes=2, bucket_size=bucket_size)
+        state, pieces = None, []
+        for rows in (slice(0, 90), slice(90, 91), slice(91, 200)):
+            piece, state = mechanism(
+                q[:, :, rows], q[:, :, rows], v[:, :, rows], is_causal=True, state=state, return_state=True
+            )
+            pieces.append(piece)
+        streamed, whole = torch.cat(pieces, 2), mechanism(q, q, v, is_causal=True)
+        assert torch.allclose(streamed, whole, atol=1e-5) is exact
+        # the last piece has seen every key, and so the chunks of the whole
+        torch.testing.assert_close(streamed[:, :, 91:], whole[:, :, 91:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -138,6 +204,43 @@ def test_the_patterns_are_the_papers() -> None:
     assert sparse_pattern(12, "fixed", 4, summary=1)[5].nonzero()[:, 0].tolist() == [3, 4, 5, 6, 7, 11]
 
 
+def released_fixed(length: int, stride: int, block: int, head: int) -> Tensor:
+    """ "fixed" of the released code, of which every head has a stripe of one block: in blocks, then in positions."""
+    i, j = torch.arange(length // block)[:, None], torch.arange(length // block)[None]
+    per = stride // block
+    blocks = ((j % per == per - 1 - head) | (j // per == i // per)) & (j <= i)
+    return blocks.repeat_interleave(block, 0).repeat_interleave(block, 1).tril()
+
+
+def test_the_released_codes_patterns_are_others() -> None:
+    """What the module's docstring says of openai/sparse_attention, attention.py."""
+    i, j = torch.arange(96)[:, None], torch.arange(96)[None]
+    released_strided = (j <= i) & ((i - j) % 16 == 0)
+
+    def released_local(width: int) -> Tensor:
+        return (j <= i) & (j + width > i)
+
+    paper = sparse_pattern(96, "strided", 16, is_causal=True)
+    assert torch.equal(paper, released_local(17) | released_strided)
+    assert not torch.equal(paper, released_strided)
+    # a set of its own makes one key less: the one at a distance of l is in the strided set
+    assert torch.equal(paper, released_local(16) | released_strided)
+    fixed = sparse_pattern(96, "fixed", 16, is_causal=True, summary=4)
+    assert torch.equal(fixed, released_fixed(96, 16, 4, head=0))
+    assert not torch.equal(fixed, released_fixed(96, 16, 4, head=1))
+
+
+@pytest.mark.parametrize("length", [1, 5, 9, 50, 333])
+def test_a_summary_fits_the_stride_that_follows_from_a_length(length: int) -> None:
+    q, k, v = draw(length)
+    visible = sparse_pattern(length, "fixed", None, summary=4)
+    stride = round(length**0.5)
+    assert torch.equal(visible, sparse_pattern(length, "fixed", stride, summary=min(4, stride)))
+    expected = torch.softmax((q @ k.mT * 16**-0.5).masked_fill(~visible, -torch.inf), -1) @ v
+    mechanism = SparseAttention(16, pattern="fixed", stride=None, summary=4)
+    torch.testing.assert_close(mechanism(q, k, v), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_query_sees_about_the_square_root_of_the_keys() -> None:
     for pattern in ("strided", "fixed"):
         seen = [sparse_pattern(n, pattern, is_causal=True, summary=1).sum() / n for n in (256, 4096)]
@@ -145,8 +248,8 @@ def test_a_query_sees_about_the_square_root_of_the_keys() -> None:
 
 
 MEMORY = """
-import torch, performers
-from performers.benchmarks.isolation import peak_memory
+import torch, performers, performers.attention
+from performers.memory import peak_memory
 torch.manual_seed(0)
 q, k, v = (torch.randn(1, 2, {length}, 32).requires_grad_() for _ in range(3))
 torch.autograd.grad({call}.sum(), (q, k, v))
@@ -160,8 +263,9 @@ print(peak_memory())
         "(performers.reformer_attention(q, q, v, is_causal=True) + performers.reformer_attention(q, k, v))",
         "performers.sparse_attention(q, k, v, is_causal=True)",
         "performers.sparse_attention(q, k, v, pattern='fixed')",
+        "performers.attention.local_attention(q, k, v)",
     ],
-    ids=["reformer", "strided", "fixed"],
+    ids=["reformer", "strided", "fixed", "local"],
 )
 def test_no_matrix_of_length_by_length_is_ever_formed(call: str) -> None:
     peaks = []
@@ -178,6 +282,7 @@ def test_no_matrix_of_length_by_length_is_ever_formed(call: str) -> None:
     [
         (lambda q: sparse_attention(q, q, q, pattern="random"), "pattern='random'"),
         (lambda q: sparse_attention(q, q, q, stride=0), "stride=0"),
+        (lambda q: SparseAttention(4, stride=None, summary=0), "summary=0"),
         (lambda q: sparse_attention(q, q, q, pattern="fixed", stride=4, summary=5), "summary=5"),
         (lambda q: sparse_attention(q, q, q, return_state=True), "give a stride"),
         (lambda q: reformer_attention(q, q, q, num_hashes=0), "num_hashes=0"),

@@ -12,8 +12,9 @@ import pytest
 from performers import __version__
 from performers.benchmarks import experiment
 from performers.benchmarks.experiment import DONE, FAILED, NO_ROOM, CellLog, measure_cells
-from performers.benchmarks.isolation import available_memory, forget_peak, peak_memory, resident_memory, run_alone
+from performers.benchmarks.isolation import available_memory, run_alone
 from performers.errors import InputError, OutputError, RunError
+from performers.memory import forget_peak, peak_memory, resident_memory
 
 SOURCE_VERSION = experiment.source_version
 CELLS = [{"length": length, "kernel": kernel} for length in (1, 2) for kernel in ("a", "b")]

@@ -20,6 +20,14 @@ APPROXIMATION = [
     *("benchmark", "approximation", "--quick", "--threads", "1", "--length", "64", "--num-features", "4,8"),
     *("--kernel", "softmax,softmax-reg", "--projection", "iid", "--draws", "2", "--deviation", "0.5"),
 ]
+RECALL = [
+    *("benchmark", "recall", "--quick", "--threads", "1", "--system", "transformer,performer-relu"),
+    *("--length", "128,256", "--first-steps", "2", "--steps", "1", "--batch-tokens", "256"),
+]
+REDRAW = [
+    *("benchmark", "redraw", "--quick", "--threads", "1", "--redraw-every", "0,2", "--steps", "3", "--seeds", "1,2"),
+    *("--context", "64", "--batch-size", "2", "--layers", "1", "--d", "16", "--d-ff", "16", "--score-proteins", "2"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -128,3 +136,66 @@ def test_approximation_refuses_what_it_does_not_know_in_one_line(run: Run, tmp_p
         assert (status, out) == (2, "")
         assert err.count("\n") == 1
         assert options[1] in err or options[0] in err
+
+
+def test_recall_prints_a_table_marks_quick_figures_and_goes_on(run: Run, tmp_path: Path) -> None:
+    status, out, err = run(*RECALL, "-o", tmp_path)
+    assert status == 0, err
+    for word in ("chance is 0.125", "Performer-relu", "L 256", "Quick settings", str(tmp_path)):
+        assert word in out
+    assert "[4/4]" in err
+    report = json.loads((tmp_path / "recall.json").read_text())
+    assert report["quick"]
+    assert report["machine"]["processor"]
+    assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "run.json").read_text())["command"] == "benchmark recall"
+    status, out, err = run(*RECALL, "-o", tmp_path, "--json")
+    assert status == 0
+    assert json.loads(out)["cells"] == report["cells"]
+    assert "4 of 4 cells were measured before" in err
+
+
+def test_redraw_prints_means_spreads_and_a_verdict(run: Run, tmp_path: Path) -> None:
+    status, out, err = run(*REDRAW, "-o", tmp_path)
+    assert status == 0, err
+    for word in (
+        "mean and deviation of 2 seeds",
+        "redrawn every 2 steps",
+        "±",
+        "Does redrawing help?",
+        "held-out clusters",
+    ):
+        assert word in out
+    assert "step 3/3" in err  # the progress of a run
+    assert (tmp_path / "redraw.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "words"),
+    [
+        ("cost", ["--system", "perfomer"], "--system perfomer"),
+        ("cost", ["--size", "huge"], "--size huge"),
+        ("cost", ["--cap", "much"], "--cap much"),
+        ("cost", ["--recompute", "some"], "--recompute some"),
+        ("concatenated", ["--other", "xlnet"], "xlnet"),
+        ("concatenated", ["--recompute", "some"], "--recompute some"),
+        ("quality", ["--system", "identity"], "--system identity"),
+        ("quality", ["--budget", "money"], "--budget money"),
+        ("quality", ["--objective", "win"], "--objective win"),
+        ("quality", ["--input", "nowhere.fasta"], "nowhere.fasta"),
+        ("context", ["--system", "perfomer"], "--system perfomer"),
+        ("context", ["--window", "1"], "--window"),
+        ("redraw", ["--redraw-every", "5"], "--redraw-every"),
+        ("redraw", ["--labels", "families.tsv"], "--labels"),
+        ("recall", ["--length", "10"], "--length 10"),
+        ("recall", ["--device", "abacus"], "abacus"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_experiments_refuse_what_they_do_not_know_in_one_line(
+    run: Run, command: str, options: list[str], words: str, tmp_path: Path
+) -> None:
+    status, out, err = run("benchmark", command, "--quick", *options, "-o", tmp_path / "new")
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1
+    assert words in err

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from performers import PerformerConfig, PerformerForMaskedLM
 from performers.errors import RunError
-from performers.training import PretrainConfig, loop, pretrain
+from performers.training import PretrainConfig, loop, open_model, pretrain
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -104,7 +104,7 @@ def test_half_precision_weights_are_trained_in_float32_and_recorded(fasta: Path,
     model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
     values = {"input": str(fasta), "output": str(tmp_path / "run"), "context": 64, "steps": 1, "batch_size": 2}
     result = pretrain(PretrainConfig.parse({**values, "init_from": str(tmp_path / "half")}))
-    trained = loop.open_model(result.model)
+    trained = open_model(result.model)
     assert {parameter.dtype for parameter in trained.parameters()} == {torch.float32}
     assert json.loads((result.model / "config.json").read_text())["dtype"] == "float32"
     inputs = json.loads((tmp_path / "run" / "run.json").read_text())["inputs"]

@@ -10,121 +10,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor
+from families import DECODERS, GO, PAGE, REFUSED, build, coverage_page, hidden, inputs_of
 
 import performers
+from performers.conversion.measurement import call_error, outcome
+from performers.conversion.specification import Specification
 from performers.errors import CheckpointError, InputError, UnsupportedError
-
-SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-PADDED = {**SMALL, "pad_token_id": 1}
-LLAMA = {**SMALL, "num_key_value_heads": 2}
-VISION = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "image_size": 16,
-    "patch_size": 4,
-}
-BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
-BART |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": 50}
-
-GO: dict[str, tuple[str, dict[str, Any]]] = {
-    "EsmModel": ("EsmConfig", {**PADDED, "mask_token_id": 32, "position_embedding_type": "rotary"}),
-    "EsmcModel": ("EsmcConfig", {**SMALL, "vocab_size": 64}),
-    "BertModel": ("BertConfig", PADDED),
-    "RobertaModel": ("RobertaConfig", PADDED),
-    "ElectraModel": ("ElectraConfig", {**PADDED, "embedding_size": 16}),
-    "AlbertModel": ("AlbertConfig", {**PADDED, "embedding_size": 16}),
-    "DistilBertModel": (
-        "DistilBertConfig",
-        {"vocab_size": 50, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64},
-    ),
-    "GPT2LMHeadModel": ("GPT2Config", {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
-    "GPTNeoXForCausalLM": ("GPTNeoXConfig", SMALL),
-    "OPTForCausalLM": (
-        "OPTConfig",
-        {**{k: v for k, v in SMALL.items() if k != "intermediate_size"}, "ffn_dim": 64, "word_embed_proj_dim": 32},
-    ),
-    "LlamaForCausalLM": ("LlamaConfig", LLAMA),
-    "Qwen3ForCausalLM": ("Qwen3Config", {**LLAMA, "head_dim": 8}),
-    "BioGptForCausalLM": ("BioGptConfig", PADDED),
-    "BartForConditionalGeneration": ("BartConfig", BART),
-    "ViTModel": ("ViTConfig", VISION),
-    "Dinov2Model": ("Dinov2Config", VISION),
-    "CLIPTextModel": ("CLIPTextConfig", SMALL),
-}
-DECODERS = [name for name in GO if name.endswith(("CausalLM", "LMHeadModel"))]
-REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "T5EncoderModel": (
-        "T5Config",
-        {"vocab_size": 50, "d_model": 32, "d_kv": 8, "num_layers": 2, "num_heads": 4, "d_ff": 64},
-        "additive position bias",
-    ),
-    "DebertaV2Model": ("DebertaV2Config", PADDED, "no AttentionInterface"),
-    "RoFormerModel": ("RoFormerConfig", PADDED, "no AttentionInterface"),
-    "MPNetModel": ("MPNetConfig", PADDED, "no AttentionInterface"),
-    "BigBirdModel": ("BigBirdConfig", PADDED, "no AttentionInterface"),
-    "LongformerModel": ("LongformerConfig", PADDED, "no AttentionInterface"),
-    "ConvBertModel": ("ConvBertConfig", {**PADDED, "embedding_size": 32}, "no AttentionInterface"),
-    "XLNetModel": (
-        "XLNetConfig",
-        {"vocab_size": 50, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64},
-        "no AttentionInterface",
-    ),
-    "BloomModel": (
-        "BloomConfig",
-        {"vocab_size": 50, "hidden_size": 32, "n_layer": 2, "n_head": 4},
-        "no AttentionInterface",
-    ),
-    "GPTJModel": (
-        "GPTJConfig",
-        {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
-        "no AttentionInterface",
-    ),
-    "FalconModel": (
-        "FalconConfig",
-        {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
-        "no AttentionInterface",
-    ),
-    "MistralForCausalLM": ("MistralConfig", {**LLAMA, "sliding_window": 4}, "sliding window of 4"),
-    "ModernBertModel": ("ModernBertConfig", {**PADDED, "local_attention": 8}, "sliding window"),
-    "Gemma2ForCausalLM": ("Gemma2Config", {**LLAMA, "head_dim": 8}, "soft-capped"),
-}
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> None:
-    transformers.logging.set_verbosity_error()
-
-
-def build(name: str, config: str, settings: dict[str, Any]) -> Any:
-    torch.manual_seed(0)
-    model = getattr(transformers, name)(getattr(transformers, config)(**settings)).eval()
-    # Tiny random weights make attention nearly uniform: sharper ones show a wrong wire.
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(3)
-    return model
-
-
-def inputs_of(model: Any, length: int = 20, padded: bool = True) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    if model.main_input_name == "pixel_values":
-        return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
-    inputs = {"input_ids": torch.randint(4, 24, (2, length), generator=generator)}
-    if padded:
-        inputs["attention_mask"] = torch.ones(2, length, dtype=torch.long)
-        inputs["attention_mask"][1, length - 7 :] = 0
-    return inputs
-
-
-@torch.no_grad()
-def hidden(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    out = model(**inputs)[0]
-    mask = inputs.get("attention_mask")
-    return out if mask is None else out[mask.bool()]
 
 
 @pytest.mark.parametrize("name", GO)
@@ -137,6 +28,28 @@ def test_exact_attention_through_our_path_is_the_original(name: str) -> None:
     torch.testing.assert_close(hidden(model, inputs), before, atol=1e-5, rtol=1e-4)
     performers.convert(model, "exact")
     torch.testing.assert_close(hidden(model, inputs), before, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", GO)
+def test_favor_approaches_exact_attention_as_features_are_added(name: str) -> None:
+    """Judged on attention outputs, given the exact queries, keys and values."""
+    model = build(name, *GO[name])
+    performers.convert(model, "favor", layers=[])
+    calls = outcome(model, inputs_of(model), keep_calls=True).calls
+    errors = {}
+    for num_features in (16, 4096):
+        specification = Specification("favor", {"kernel": "softmax-sharp", "num_features": num_features})
+        outputs, exact = [], []
+        for layer, of_layer in calls.items():
+            for call in of_layer:
+                mechanism = specification.mechanism(call.query.shape[-1], layer)
+                mask, scale = call.arguments.get("key_padding_mask"), call.arguments["scale"]
+                mechanism.features.calibrate_(call.query, call.key, mask, scale)
+                outputs.append(mechanism(call.query, call.key, call.value, **call.arguments))
+                exact.append(call)
+        errors[num_features] = call_error(outputs, exact)
+    assert errors[4096] < 0.15
+    assert errors[4096] < errors[16] / 2
 
 
 @pytest.mark.parametrize("name", GO)
@@ -218,6 +131,43 @@ def test_packed_sequences_do_not_see_each_other() -> None:
         torch.testing.assert_close(packed[:, 7:], model(ids[:, 7:]).logits, atol=1e-5, rtol=1e-4)
 
 
+def test_cross_attention_sees_no_padding_of_the_encoder() -> None:
+    model = performers.convert(build("BartForConditionalGeneration", *GO["BartForConditionalGeneration"]), "favor")
+    ids, decoder_ids = (torch.randint(4, 24, (1, n), generator=torch.Generator().manual_seed(n)) for n in (9, 5))
+    padded = torch.nn.functional.pad(ids, (0, 4), value=7)
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (0, 4))
+    with torch.no_grad():
+        alone = model(input_ids=ids, decoder_input_ids=decoder_ids).logits
+        with_padding = model(input_ids=padded, attention_mask=mask, decoder_input_ids=decoder_ids).logits
+    torch.testing.assert_close(with_padding, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_an_encoder_decoder_generates_what_recomputing_gives() -> None:
+    model = performers.convert(build("BartForConditionalGeneration", *GO["BartForConditionalGeneration"]), "favor")
+    ids = torch.randint(4, 24, (2, 9), generator=torch.Generator().manual_seed(2))
+    settings = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+        "forced_eos_token_id": None,
+    }
+    for beams in (1, 3):
+        cached = model.generate(input_ids=ids, num_beams=beams, **settings)
+        assert torch.equal(cached, model.generate(input_ids=ids, num_beams=beams, use_cache=False, **settings))
+
+
+def test_padding_on_the_left_is_invisible_to_a_decoder() -> None:
+    model = performers.convert(build("LlamaForCausalLM", *GO["LlamaForCausalLM"]), "favor")
+    ids = torch.randint(4, 24, (1, 9), generator=torch.Generator().manual_seed(2))
+    padded = torch.nn.functional.pad(ids, (3, 0), value=7)
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (3, 0))
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    with torch.no_grad():
+        shifted = model(padded, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 3:]
+        torch.testing.assert_close(shifted, model(ids, use_cache=False).logits, atol=1e-5, rtol=1e-4)
+
+
 def test_chains_do_not_see_each_other() -> None:
     model = performers.convert(build("EsmcModel", *GO["EsmcModel"]), "favor", num_features=64)
     ids = torch.randint(4, 24, (1, 20), generator=torch.Generator().manual_seed(2))
@@ -269,6 +219,17 @@ def test_requests_that_cannot_be_met_are_refused_in_words() -> None:
         ({"attention": "linear"}, "attention='linear'"),
         ({"layers": [2]}, "2 is not the number"),
         ({"kernel": "sofmax"}, "kernel='sofmax'"),
+        ({"kernel": torch.relu}, "given by its name"),
+        ({"kernel": "softmax-prototypes"}, "made of the model's own queries: give some sequences"),
+        ({"layers": "auto:0.05"}, "give some sequences"),
+        ({"layers": "auto:none"}, "'auto:' and an error"),
+        ({"layers": "first"}, "'auto:' and an error"),
+        ({"sequences": []}, "no sequence"),
+        ({"sequences": "MKT"}, "is one string"),
+        ({"sequences": ["MKT"]}, "need a tokenizer"),
+        ({"sequences": [[4, 5], []]}, "sequence 2 is empty"),
+        ({"sequences": [[4, 99]]}, "ids from 4 to 99, but the model has 50"),
+        ({"sequences": [[4] * 513]}, "513 tokens, but BertModel has learned 512 positions"),
     ],
 )
 def test_a_wrong_argument_is_named(arguments: dict[str, Any], words: str) -> None:
@@ -279,6 +240,52 @@ def test_a_wrong_argument_is_named(arguments: dict[str, Any], words: str) -> Non
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no model"):
         performers.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "not the JSON"),
+        ("[]", "not the JSON"),
+        ("{}", "cannot be opened"),
+        ('{"model_type": "bert"}', "cannot be opened"),
+        ('{"model_type": "bert", "architectures": ["Mine"]}', "was saved as Mine"),
+        ('{"auto_map": {"AutoConfig": "mine.Mine"}, "model_type": "mine"}', "cannot be opened"),
+    ],
+)
+def test_a_folder_that_cannot_be_opened_is_named_in_one_sentence(content: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        performers.convert(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_class_of_somebody_elses_is_opened_by_the_class_that_is_named(tmp_path: Path) -> None:
+    model = build("BertModel", *GO["BertModel"])
+    model.save_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"BertModel"', '"AntiBERTy"'))
+    assert type(performers.convert(tmp_path, architecture="BertModel")).__name__ == "BertModel"
+    with pytest.raises(InputError, match="'AntiBERTy'"):
+        performers.convert(tmp_path, architecture="AntiBERTy")
+
+
+def test_few_features_are_said_with_the_measured_error(caplog: pytest.LogCaptureFixture) -> None:
+    model = build("BertModel", *GO["BertModel"])
+    performers.convert(model, "favor", num_features=64)
+    assert "num_features" not in caplog.text
+    performers.convert(model, "favor", num_features=4, sequences=[[5, 6, 7, 8], [9, 10, 11]])
+    assert (
+        "num_features=4 is less than the head size, 8: on the sequences the last hidden states are off by"
+        in caplog.text
+    )
+    caplog.clear()
+    performers.convert(model, "favor", num_features=4)
+    assert "on random tokens" in caplog.text
+
+
+def test_the_list_of_families_in_the_documentation_is_up_to_date() -> None:
+    assert PAGE.read_text(encoding="utf-8") == coverage_page(), "run python tests/conversion/families.py"
 
 
 def test_a_performer_is_opened_by_the_same_function(tmp_path: Path) -> None:

@@ -35,8 +35,10 @@ def test_the_documentation_builds_without_a_warning(site: Path) -> None:
 
 def test_the_command_line_reference_names_every_command(site: Path) -> None:
     page = (site / "command-line" / "index.html").read_text(encoding="utf-8")
-    benchmarks = (f"benchmark {name}" for name in ("training", "attention", "approximation"))
-    for command in ("pretrain", "evaluate", "split", *benchmarks):
+    papers = ("cost", "concatenated", "quality", "context", "redraw", "recall")
+    benchmarks = (f"benchmark {name}" for name in ("training", "attention", "approximation", "conversion", *papers))
+    tools = ("embed", "score", "convert", "calibrate", "distil")
+    for command in ("pretrain", "evaluate", "split", *tools, *benchmarks):
         assert f">performers {command}<" in page
     assert "--resume-from" in page
 

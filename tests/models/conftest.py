@@ -22,6 +22,9 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "exact": {"attention": "exact"},
     "sparse": {"attention": "sparse", "attention_kwargs": {"stride": 4}},
     "hybrid": {"attention": ["favor", "exact"]},
+    "local": {"attention": ["local", "favor"], "attention_kwargs": {"local": {"window": 5}}},
+    "split": {"attention": "split", "attention_kwargs": {"first_kwargs": {"window": 5}}},
+    "reversible": {"attention": ["exact", "favor"], "reversible": True},
 }
 
 

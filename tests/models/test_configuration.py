@@ -58,6 +58,20 @@ def test_a_preset_takes_overrides_and_an_unknown_one_is_refused() -> None:
             "attention_kwargs has features=3: 'favor' attention has no such argument",
         ),
         ({"attention": "exact", "attention_kwargs": {"kernel": "relu"}}, "expected none"),
+        ({"reversible": 1}, "reversible=1: it should be a valid boolean"),
+        (
+            {"attention": "split", "attention_kwargs": {"heads": 8}},
+            "heads=8: with num_attention_heads=8 a split leaves",
+        ),
+        ({"attention": "split", "attention_kwargs": {"heads": 0}}, "heads=0: with num_attention_heads=8"),
+        ({"attention": "split", "num_attention_heads": 1}, "heads=None: with num_attention_heads=1"),
+        ({"attention": "split", "attention_kwargs": {"second": "linear"}}, "second='linear': expected one of favor"),
+        ({"attention": "split", "attention_kwargs": {"first": ["local"]}}, r"first=\['local'\]: expected one of favor"),
+        ({"attention": "split", "attention_kwargs": {"first_kwargs": 3}}, "first_kwargs=3: expected a dictionary"),
+        (
+            {"attention": "split", "attention_kwargs": {"first_kwargs": {"kernel": "relu"}}},
+            "attention_kwargs has kernel='relu': 'local' attention has no such argument; expected window",
+        ),
         (
             {"attention": ["favor", "exact"] * 3, "attention_kwargs": {"num_features": 8}},
             "a dictionary for each of exact, favor",
@@ -99,6 +113,13 @@ def test_favor_uses_relu_unless_told_otherwise() -> None:
     assert PerformerConfig(attention_kwargs={"kernel": "softmax"}).attention_kwargs == {"kernel": "softmax"}
     hybrid = PerformerConfig(attention=["favor", "exact"] * 3, attention_kwargs={"favor": {"num_features": 8}})
     assert hybrid.attention_kwargs == {"exact": {}, "favor": {"kernel": "relu", "num_features": 8}}
+    split = PerformerConfig(attention="split", attention_kwargs={"second_kwargs": {"num_features": 8}})
+    assert split.attention_kwargs == {
+        "first": "local",
+        "first_kwargs": {},
+        "second": "favor",
+        "second_kwargs": {"kernel": "relu", "num_features": 8},
+    }
 
 
 def test_a_saved_configuration_comes_back_equal(tmp_path: Path) -> None:

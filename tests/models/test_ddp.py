@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 SCRIPT = """
-import sys
+from itertools import product
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -18,11 +18,15 @@ dist.init_process_group("gloo")
 rank = dist.get_rank()
 ids = torch.randint(4, 24, (4, 60), generator=torch.Generator().manual_seed(0))
 mask = torch.arange(60) < torch.tensor([60, 41, 60, 41])[:, None]
-for kind in (PerformerForMaskedLM, PerformerForCausalLM):
+ATTENTION = {
+    False: (["favor", "exact", "favor"], {"favor": {"kernel": "softmax", "num_features": 32}}),
+    True: ("favor", {"kernel": "softmax", "num_features": 32}),
+}
+for kind, reversible in product((PerformerForMaskedLM, PerformerForCausalLM), ATTENTION):
     torch.manual_seed(0)
-    attention = ["favor", "exact", "favor"]
-    kwargs = {"favor": {"kernel": "softmax", "num_features": 32}}
-    config = PerformerConfig.preset("tiny", num_hidden_layers=3, attention=attention, attention_kwargs=kwargs)
+    attention, kwargs = ATTENTION[reversible]
+    config = PerformerConfig.preset("tiny", num_hidden_layers=3, attention=attention, attention_kwargs=kwargs,
+                                    reversible=reversible)
     model = kind(config).train()
     model(ids, attention_mask=mask, labels=ids).loss.backward()
     alone = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}

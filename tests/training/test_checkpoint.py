@@ -12,7 +12,7 @@ from victims import outcome
 from performers.errors import CheckpointError, OutputError
 from performers.folders import MANIFEST, sealed_folder, verify_folder
 from performers.training import PretrainResult, open_model
-from performers.training.pretraining import GENERATOR, OPTIMIZER, list_checkpoints, load_progress
+from performers.training.run_folder import GENERATOR, OPTIMIZER, list_checkpoints, load_progress
 
 Train = Callable[..., PretrainResult]
 FIXTURE = Path(__file__).parent / "fixtures" / "run-format-1"

@@ -14,7 +14,7 @@ import pytest
 from victims import as_options, outcome
 
 from performers.training import PretrainResult
-from performers.training.pretraining import list_checkpoints, load_progress
+from performers.training.run_folder import list_checkpoints, load_progress
 
 Start = Callable[..., BaseProcess]
 Settings = Callable[..., dict[str, Any]]

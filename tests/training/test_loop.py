@@ -15,8 +15,8 @@ from performers.models import PerformerForCausalLM, PerformerForMaskedLM
 from performers.randomness import derive_seed
 from performers.training import PretrainConfig, PretrainResult, evaluate, open_model
 from performers.training.distributed import World
-from performers.training.loop import micro_batches
-from performers.training.pretraining import list_checkpoints, load_progress
+from performers.training.language_modelling import micro_batches, new_model, redraw_interval
+from performers.training.run_folder import list_checkpoints, load_progress
 
 Train = Callable[..., PretrainResult]
 Settings = Callable[..., dict[str, Any]]
@@ -95,11 +95,9 @@ def test_resuming_across_a_redraw_gives_the_same_bits_and_evaluation_redraws_not
 
 
 def test_softmax_kernels_are_redrawn_by_default_and_relu_is_not(settings: Settings, tmp_path: Path) -> None:
-    from performers.training.loop import _redraw_interval, new_model
-
     for kernel, interval in (("softmax", 1000), ("relu", 0)):
         config = PretrainConfig.parse(settings(tmp_path, kernel=kernel))
-        assert _redraw_interval(config, new_model(config)) == interval
+        assert redraw_interval(config, new_model(config)) == interval
 
 
 @pytest.mark.parametrize("contexts", ["packed", "concatenated"])

@@ -1,7 +1,12 @@
-"""Exact softmax attention: the Transformer that Performer is measured against, under the same arguments and laws."""
+"""Exact softmax attention: the Transformer that Performer is measured against, under the same arguments and laws.
+
+It comes twice. `exact_attention` goes through PyTorch's fused kernels, which never hold the L x L matrix: what a Transformer
+costs today. `materialised_attention` writes the matrix out and keeps it for the backward pass, as that of 2009.14794 did.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +49,16 @@ class ExactState:
             return cls(key, value, real)
         return cls(torch.cat([state.key, key], 2), torch.cat([state.value, value], 2), torch.cat([state.real, real], 1))
 
+    def last(self, count: int) -> ExactState:
+        """The state of the last `count` real tokens of each row."""
+        length = self.real.shape[1]
+        if length <= count:
+            return self
+        kept = self.real.int().argsort(dim=1, stable=True)[:, length - count :]
+        index = kept[:, None, :, None]
+        key, value = (x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (self.key, self.value))
+        return ExactState(key, value, self.real.gather(1, kept))
+
     @property
     def nbytes(self) -> int:
         """The memory that the state takes."""
@@ -83,6 +98,87 @@ def exact_attention(
     Raises:
         InputError: shapes, types or arguments that do not go together; the message says which.
     """
+    return _attention(
+        scaled_dot_product_attention,
+        query,
+        key,
+        value,
+        is_causal,
+        key_padding_mask,
+        cu_seqlens,
+        state,
+        return_state,
+        scale,
+        enable_gqa,
+    )
+
+
+def materialised_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    is_causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    state: ExactState | None = None,
+    return_state: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | tuple[Tensor, ExactState]:
+    """softmax(q k^T / sqrt(D)) v as written: the Lq x Lk matrix is formed, in float32 at least, and kept for the backward pass.
+
+    The baseline of 2009.14794 (equation 1), whose memory is quadratic in the length. Arguments, results and errors are those of
+    `exact_attention`; packed sequences have a matrix each.
+    """
+    return _attention(
+        _materialised,
+        query,
+        key,
+        value,
+        is_causal,
+        key_padding_mask,
+        cu_seqlens,
+        state,
+        return_state,
+        scale,
+        enable_gqa,
+    )
+
+
+def _materialised(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """What `scaled_dot_product_attention` promises of these arguments; a row without keys gives a mean, not zeros."""
+    with torch.autocast(query.device.type, enabled=False):
+        wide = torch.promote_types(query.dtype, torch.float32)
+        logits = (query.to(wide) * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.to(wide).mT
+        if is_causal:
+            attn_mask = visible_keys(*logits.shape[-2:], is_causal=True, device=query.device)
+        if attn_mask is not None:
+            logits.masked_fill_(~attn_mask, torch.finfo(wide).min)
+        return (logits.softmax(-1) @ value.to(wide)).to(query.dtype)
+
+
+def _attention(
+    product: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state: ExactState | None,
+    return_state: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor | tuple[Tensor, ExactState]:
+    """Exact attention by a function with the arguments of `scaled_dot_product_attention`."""
     streaming = state is not None or return_state
     check_attention_arguments(query, key, value, key_padding_mask, cu_seqlens, enable_gqa, streaming)
     if not query.dtype == key.dtype == value.dtype and not torch.is_autocast_enabled(query.device.type):
@@ -92,36 +188,43 @@ def exact_attention(
             visible = visible_keys(
                 *[query.shape[2]] * 2, is_causal=is_causal, cu_seqlens=cu_seqlens, device=query.device
             )
-            return scaled_dot_product_attention(query, *repeat_heads(query, key, value), attn_mask=visible, scale=scale)
+            return product(query, *repeat_heads(query, key, value), attn_mask=visible, scale=scale)
         out = [
-            _attend(query[:, :, rows], key[:, :, rows], value[:, :, rows], is_causal, None, 0, scale)
+            _attend(product, query[:, :, rows], key[:, :, rows], value[:, :, rows], is_causal, None, 0, scale)
             for rows in segments(cu_seqlens, query.shape[2])
         ]
         return torch.cat(out, dim=2) if out else query.new_zeros(*query.shape[:3], value.shape[-1])
     if not streaming:
-        return _attend(query, key, value, is_causal, key_padding_mask, 0, scale)
+        return _attend(product, query, key, value, is_causal, key_padding_mask, 0, scale)
     past = 0 if state is None else state.key.shape[2]
     after = ExactState.after(state, key, value, key_padding_mask)
-    out = _attend(query, after.key, after.value, is_causal, after.real, past, scale)
+    out = _attend(product, query, after.key, after.value, is_causal, after.real, past, scale)
     return (out, after) if return_state else out
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, real: Tensor | None, past: int, scale: float | None
+    product: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    real: Tensor | None,
+    past: int,
+    scale: float | None,
 ) -> Tensor:
     key, value = repeat_heads(query, key, value)
     num_queries, num_keys = query.shape[2], key.shape[2]
     if real is None and (not is_causal or num_queries == num_keys):
-        return scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale)
+        return product(query, key, value, is_causal=is_causal, scale=scale)
     if real is not None and not is_causal:
         some = real.any(-1)[:, None, None, None]
-        out = scaled_dot_product_attention(query, key, value, attn_mask=real[:, None, None, :], scale=scale)
+        out = product(query, key, value, attn_mask=real[:, None, None, :], scale=scale)
         return out.masked_fill(~some, 0.0)
     # SDPA's own causal flag aligns top-left and cannot be combined with a mask.
     visible = visible_keys(num_queries, num_keys, is_causal=is_causal, key_padding_mask=real, device=query.device)
     if is_causal and num_queries > num_keys - past:
         visible[..., :past] = visible_keys(num_queries, past, key_padding_mask=None if real is None else real[:, :past])
-    out = scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)
+    out = product(query, key, value, attn_mask=visible, scale=scale)
     return out.masked_fill(~visible.any(-1, keepdim=True), 0.0)
 
 
@@ -139,3 +242,11 @@ class ExactAttention(Mechanism):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor | tuple[Tensor, ExactState]:
         """As `exact_attention`."""
         return exact_attention(query, key, value, **arguments)
+
+
+class MaterialisedAttention(ExactAttention):
+    """Exact attention with its L x L matrix in memory, as a mechanism of a model: the paper's baseline. All laws apply to it."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor | tuple[Tensor, ExactState]:
+        """As `materialised_attention`."""
+        return materialised_attention(query, key, value, **arguments)

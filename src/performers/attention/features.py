@@ -11,7 +11,8 @@ There are two families, which the attention kernels treat apart:
   relatives. Their range is enormous, so they are only ever combined in the log domain.
 - pointwise: phi(x) = f(W x) / sqrt(M) for any elementwise f, generalised attention (2009.14794, section 2.2).
 
-FAVOR++ and FAVOR# are of the exponential family, with rows from a distribution that fits the tokens (`proposals.py`).
+FAVOR++ and FAVOR# are of the exponential family, with rows from a distribution that fits the tokens (`proposals.py`); so are
+prototypes, whose rows are clusters of them (`prototypes.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from torch import Tensor, nn
 
 from performers.attention.projections import PROJECTIONS, hadamard_project, hadamard_rows, hadamard_signs
 from performers.attention.proposals import Moments, Proposal, fit, moments
+from performers.attention.prototypes import Prototypes, fit_prototypes
 from performers.errors import InputError, UnsupportedError
+from performers.randomness import derive_seed
 
 Pointwise = Callable[[Tensor], Tensor]
 
@@ -63,8 +66,8 @@ class Kernel:
         doubles: of the pointwise family, whether f makes 2M features of M projections, joined along the last dimension.
         weighted: of the pointwise family, whether a token's features are multiplied by exp(-norm |x|^2 / 2).
         row_norm: the norm of every row of W relative to sqrt(D); None leaves the rows as they are drawn.
-        proposal: of the exponential family, the kind of distribution that is fitted to the tokens ("isotropic" or "dense"),
-            from which the rows are drawn in place of N(0, I).
+        fitted: of the exponential family, what is fitted to the tokens: a distribution from which the rows are drawn in place of
+            N(0, I) ("isotropic" or "dense"), or the rows themselves ("prototypes").
     """
 
     function: Pointwise | None = None
@@ -74,7 +77,7 @@ class Kernel:
     doubles: bool = False
     weighted: bool = False
     row_norm: float | None = None
-    proposal: str | None = None
+    fitted: str | None = None
 
     @property
     def exponential(self) -> bool:
@@ -111,8 +114,9 @@ KERNELS: dict[str, Kernel] = {
     "softmax": Kernel(),  # SM+, FAVOR+
     "softmax-hyperbolic": Kernel(both_signs=True),  # SMhyp+, 2009.14794, Lemma 1
     "softmax-reg": Kernel(row_norm=1.0),  # SMREG, 2009.14794, section 2.4 (Theorem 1)
-    "softmax-optimal": Kernel(proposal="isotropic"),  # OPRF, FAVOR++, 2205.15317
-    "softmax-sharp": Kernel(proposal="dense"),  # SDERF, FAVOR#, 2302.00787
+    "softmax-optimal": Kernel(fitted="isotropic"),  # OPRF, FAVOR++, 2205.15317
+    "softmax-sharp": Kernel(fitted="dense"),  # SDERF, FAVOR#, 2302.00787
+    "softmax-prototypes": Kernel(norm=0.0, fitted="prototypes"),
     "softmax-trig": Kernel(_cos_sin, _cos_sin_derivative, norm=-1.0, doubles=True, weighted=True),  # FAVOR, 2006.03555
     "exp": Kernel(norm=0.0),
     "relu": Kernel(_relu, lambda u: (u > 0).to(u.dtype)),
@@ -157,7 +161,12 @@ class UncalibratedWarning(UserWarning):
 
 # The softmax kernels of the authors' code.
 _PUBLISHED = {"softmax", "softmax-reg", "softmax-trig"}
-_BUFFERS = [f"proposal_{name}" for name in Proposal._fields]
+# What is fitted, by kind, and the buffers that hold it.
+_FITTED: dict[str, type[Proposal] | type[Prototypes]] = {
+    "isotropic": Proposal,
+    "dense": Proposal,
+    "prototypes": Prototypes,
+}
 
 
 class FavorFeatures(nn.Module):
@@ -169,9 +178,11 @@ class FavorFeatures(nn.Module):
         kernel: of the softmax kernel exp(q.k / sqrt(D)): "softmax" (positive features, FAVOR+), "softmax-hyperbolic" (2M features
             of M rows, less variance), "softmax-reg" (rows of norm sqrt(D): a little biased, less variance), "softmax-trig" (the
             original FAVOR: cosines and sines, 2M features of M rows; unbiased, but weights can be negative), "softmax-optimal"
-            (FAVOR++, OPRF) or "softmax-sharp" (FAVOR#: SDERF, on tokens that are centred and balanced; see `calibrate_`). Of
-            other kernels: "relu" (relu(u) + 1e-3, the paper's best on proteins), "elu" (elu(u) + 1), "exp", "gelu", "sigmoid",
-            "tanh", "abs", "cos", "identity", or any elementwise function of the projected token u, used as it is.
+            (FAVOR++, OPRF) or "softmax-sharp" (FAVOR#: SDERF, on tokens that are centred and balanced; see `calibrate_`), or
+            "softmax-prototypes" (clusters of the queries of a trained model: biased, without noise, by far the closest to its
+            attention, and refused until `calibrate_` was called). Of other kernels: "relu" (relu(u) + 1e-3, the paper's best on
+            proteins), "elu" (elu(u) + 1), "exp", "gelu", "sigmoid", "tanh", "abs", "cos", "identity", or any elementwise
+            function of the projected token u, used as it is.
         projection: "orthogonal", "iid", "hadamard" (structured: signs in place of a matrix, nearly unbiased), "givens" (products
             of rotations), or None for none at all (u = x).
         seed: of the projection; the same seed gives the same projection everywhere.
@@ -182,8 +193,9 @@ class FavorFeatures(nn.Module):
             were obtained with it (`performers.attention.published`). It breaks what this package promises: the stabiliser
             is the largest projection of all keys and an epsilon is added to every feature after it, so outputs of causal
             attention depend on later tokens, padded and packed sequences on their neighbours, and nothing can be streamed.
-        calibrated_heads: of "softmax-optimal" and "softmax-sharp", how many heads a saved calibration has that will be loaded by
-            a loader which, unlike `load_state_dict`, needs to find every tensor in place. Until then they are plain FAVOR+.
+        calibrated_heads: of kernels that are calibrated, how many heads a saved calibration has that will be loaded by a loader
+            which, unlike `load_state_dict`, needs to find every tensor in place. Until then "softmax-optimal" and
+            "softmax-sharp" are plain FAVOR+, and "softmax-prototypes" is uniform attention.
 
     Attributes:
         projection: W, (M, D), in float32: a buffer, or a parameter if trainable; saved in the state_dict. Only `redraw_` or
@@ -240,10 +252,9 @@ class FavorFeatures(nn.Module):
                     self.register_parameter(name, nn.Parameter(tensor))
                 else:
                     self.register_buffer(name, tensor)
-            if self._proposal_kind is not None:
-                start = Proposal.standard(calibrated_heads, head_dim) if calibrated_heads else [None] * len(_BUFFERS)
-                for name, tensor in zip(_BUFFERS, start, strict=True):
-                    self.register_buffer(name, tensor)
+            start = self._uncalibrated(calibrated_heads) if calibrated_heads else [None] * len(self._fitted_names)
+            for name, tensor in zip(self._fitted_names, start, strict=True):
+                self.register_buffer(name, tensor)
 
     def _check_combinations(self, calibrated_heads: int) -> None:
         if self.trainable and self.projection_name in (None, "hadamard"):
@@ -251,17 +262,15 @@ class FavorFeatures(nn.Module):
             raise InputError(
                 f"projection={self.projection_name!r} leaves nothing to learn, because {why}: not trainable."
             )
-        if self.trainable and self._proposal_kind is not None:
-            raise InputError(
-                f"kernel={self.kernel!r} draws its rows from a distribution that fits the tokens: not trainable."
-            )
+        if self.trainable and self._fitted_kind is not None:
+            raise InputError(f"kernel={self.kernel!r} takes its rows from a fit to the tokens: not trainable.")
         if self.compatibility not in (None, "published"):
             raise InputError(f"compatibility={self.compatibility!r} is not known: expected 'published' or None.")
         if self.compatibility and self.kernel_key.startswith("softmax") and self.kernel_key not in _PUBLISHED:
             raise InputError(f"kernel={self.kernel!r} has no published code to be compatible with.")
         if isinstance(calibrated_heads, bool) or not isinstance(calibrated_heads, int) or calibrated_heads < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InputError(f"calibrated_heads={calibrated_heads!r} must be an integer that is not negative.")
-        if calibrated_heads and self._proposal_kind is None:
+        if calibrated_heads and self._fitted_kind is None:
             raise InputError(f"kernel={self.kernel!r} has nothing to calibrate: leave calibrated_heads at 0.")
 
     def _draw(self, generator: torch.Generator) -> dict[str, Tensor]:
@@ -297,18 +306,34 @@ class FavorFeatures(nn.Module):
         return self.num_features * (2 if kernel.both_signs or kernel.doubles else 1)
 
     @property
-    def _proposal_kind(self) -> str | None:
-        return kernel_of(self.kernel_key).proposal
+    def _fitted_kind(self) -> str | None:
+        return kernel_of(self.kernel_key).fitted
 
     @property
-    def _calibration(self) -> Proposal | None:
-        buffers = [self._buffers.get(name) for name in _BUFFERS]
-        return None if any(buffer is None for buffer in buffers) else Proposal(*buffers)  # pyright: ignore[reportArgumentType]
+    def _fitted_names(self) -> list[str]:
+        """The buffers that a calibration sets."""
+        if self._fitted_kind is None:
+            return []
+        fitted = _FITTED[self._fitted_kind]
+        prefix = "proposal" if fitted is Proposal else "prototype"
+        return [f"{prefix}_{name}" for name in fitted._fields]
+
+    def _uncalibrated(self, heads: int) -> Proposal | Prototypes:
+        if self._fitted_kind == "prototypes":
+            return Prototypes.standard(heads, self.num_features, self.head_dim)
+        return Proposal.standard(heads, self.head_dim)
+
+    @property
+    def _calibration(self) -> Proposal | Prototypes | None:
+        buffers = [self._buffers.get(name) for name in self._fitted_names]
+        if self._fitted_kind is None or any(buffer is None for buffer in buffers):
+            return None
+        return _FITTED[self._fitted_kind](*buffers)  # pyright: ignore[reportArgumentType]
 
     @property
     def is_calibrated(self) -> bool:
         """Whether `calibrate_` has set parameters, or a state_dict has brought them. True of kernels that need none."""
-        return self._proposal_kind is None or self._calibration is not None
+        return self._fitted_kind is None or self._calibration is not None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FavorFeatures:
         # `model.to(torch.bfloat16)` must not round W: its rows would lose their orthogonality and their norms.
@@ -335,11 +360,13 @@ class FavorFeatures(nn.Module):
         error_msgs: list[str],
     ) -> None:
         # A calibration is loaded whatever the number of its heads is; without one in the file there is none afterwards.
-        if self._proposal_kind is not None:
-            for name in _BUFFERS:
-                saved, own = state_dict.get(prefix + name), self._buffers[name]
-                if saved is None or own is None or own.shape != saved.shape:
-                    self._buffers[name] = None if saved is None else self._like().new_empty(saved.shape)
+        expected = self._uncalibrated(1) if self._fitted_names else ()
+        for name, of_one_head in zip(self._fitted_names, expected, strict=True):
+            saved, own = state_dict.get(prefix + name), self._buffers[name]
+            if saved is None:
+                self._buffers[name] = None
+            elif own is None or own.shape != saved.shape:
+                self._buffers[name] = self._like().new_empty(*saved.shape[:1], *of_one_head.shape[1:])
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -361,14 +388,16 @@ class FavorFeatures(nn.Module):
     def calibrate_(
         self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None = None, scale: float | None = None
     ) -> FavorFeatures:
-        """Fit the features of "softmax-optimal" or "softmax-sharp" to queries and keys, head by head, and keep the result.
+        """Fit the features to queries and keys, head by head, and keep the result.
 
-        The parameters are closed forms of means and second moments of all real tokens of the batch. They are saved in the
-        state_dict, serve bidirectional, causal, packed and streamed attention alike, and stay when the projection is redrawn.
+        The parameters of "softmax-optimal" and "softmax-sharp" are closed forms of means and second moments of all real tokens
+        of the batch, those of "softmax-prototypes" are clusters of its queries (of which it should have several times M). They
+        are saved in the state_dict, serve bidirectional, causal, packed and streamed attention alike, and stay when the
+        projection is redrawn.
 
-        Not calibrated, bidirectional attention of unpacked sequences takes these moments from each sequence and head on its
-        own, from its real tokens, without a gradient; all other attention is then exactly FAVOR+ and says so once
-        (`UncalibratedWarning`), because the future must not be looked at.
+        Not calibrated, "softmax-prototypes" is refused. With the others, bidirectional attention of unpacked sequences takes
+        the moments from each sequence and head on its own, from its real tokens, without a gradient; all other attention
+        is then exactly FAVOR+ and says so once (`UncalibratedWarning`), because the future must not be looked at.
 
         Arguments:
             query: (B, H, Lq, D), as attention will get them (after rotary positions).
@@ -383,11 +412,10 @@ class FavorFeatures(nn.Module):
             InputError: shapes that do not go together, tokens that are not finite, or no token at all.
             UnsupportedError: the kernel has nothing to calibrate.
         """
-        kind = self._proposal_kind
+        kind = self._fitted_kind
         if kind is None:
-            raise UnsupportedError(
-                f"kernel={self.kernel!r} has nothing to calibrate: 'softmax-sharp' and 'softmax-optimal' have."
-            )
+            having = ", ".join(repr(name) for name, kernel in KERNELS.items() if kernel.fitted)
+            raise UnsupportedError(f"kernel={self.kernel!r} has nothing to calibrate, as {having} have.")
         for name, x in (("query", query), ("key", key)):
             if x.dim() != 4 or x.shape[-1] != self.head_dim:
                 raise InputError(
@@ -406,15 +434,19 @@ class FavorFeatures(nn.Module):
         ):
             raise InputError("there is no token to calibrate with.")
         key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-        found = [
-            moments(x, real, pooled=True)
-            for x, real in zip((query, key), _real(query, key, key_padding_mask), strict=True)
-        ]
+        real = _real(query, key, key_padding_mask)
+        found = [moments(x, mask, pooled=True) for x, mask in zip((query, key), real, strict=True)]
         if not all(bool(tensor.isfinite().all()) for moment in found for tensor in moment):
             raise InputError("the tokens to calibrate with are not finite numbers, or their squares are not.")
         query_moments, key_moments = (Moments(*(tensor.double() for tensor in moment)) for moment in found)
-        fitted = fit(kind, query_moments, key_moments, attention_scale(scale, self.head_dim))
-        for name, tensor in zip(_BUFFERS, fitted, strict=True):
+        scale = attention_scale(scale, self.head_dim)
+        if kind == "prototypes":
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "prototypes"))
+            with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+                fitted = fit_prototypes(query, key, real, key_moments, self.num_features, scale, generator)
+        else:
+            fitted = fit(kind, query_moments, key_moments, scale)
+        for name, tensor in zip(self._fitted_names, fitted, strict=True):
             self._buffers[name] = tensor.float().to(self._like().device)
         return self
 
@@ -422,18 +454,20 @@ class FavorFeatures(nn.Module):
         """A float32 tensor on the device where this module's tensors are."""
         return self.norms if self.projection_name == "hadamard" else self.projection
 
-    def _proposal(
+    def _fitted(
         self, query: Tensor, key: Tensor, scale: float, key_padding_mask: Tensor | None, may_look: bool
-    ) -> Proposal | None:
-        """The proposal for this call, None for plain FAVOR+."""
-        kind, calibration = self._proposal_kind, self._calibration
+    ) -> Proposal | Prototypes | None:
+        """What is fitted to the tokens of this call, None for plain FAVOR+."""
+        kind, calibration = self._fitted_kind, self._calibration
         if kind is None:
             return None
         if calibration is not None:
-            heads = calibration.balance.shape[0]
+            heads = calibration[0].shape[0]
             if heads not in (1, query.shape[1]):
                 raise InputError(f"features were calibrated for {heads} heads, but the query has {query.shape[1]}.")
-            return Proposal(*(tensor.unsqueeze(0) for tensor in calibration))
+            return type(calibration)(*[tensor.unsqueeze(0) for tensor in calibration])
+        if kind == "prototypes":
+            raise self._nothing_fitted()
         if may_look:
             with torch.no_grad():
                 real = _real(query, key, key_padding_mask)
@@ -441,6 +475,11 @@ class FavorFeatures(nn.Module):
         if not self._warned:
             self._warned = _say_uncalibrated(str(self.kernel))
         return None
+
+    def _nothing_fitted(self) -> InputError:
+        return InputError(
+            f"kernel={self.kernel!r} is not calibrated: call features.calibrate_(query, key) with tokens of the model first."
+        )
 
     def rows(
         self,
@@ -470,9 +509,9 @@ class FavorFeatures(nn.Module):
         may_look = not (is_causal or streaming or cu_seqlens is not None)
         with torch.autocast(query.device.type, enabled=False):
             matrix = self._matrix().to(query.device, dtype)
-            proposal = self._proposal(query, key, scale, key_padding_mask, may_look)
-            if proposal is not None:
-                moved = Proposal(*(tensor.to(query.device, dtype) for tensor in proposal))
+            fitted = self._fitted(query, key, scale, key_padding_mask, may_look)
+            if fitted is not None:
+                moved = type(fitted)(*[tensor.to(query.device, dtype) for tensor in fitted])
                 return FeatureRows(*moved.feature_rows(matrix, scale))
             rows = feature_rows(matrix, kernel)[None, None] * scale**0.5
             norm = kernel.norm if kernel.exponential or kernel.weighted else 0.0
@@ -486,12 +525,12 @@ class FavorFeatures(nn.Module):
         return x @ self.projection.to(x.dtype).T
 
     def forward(self, x: Tensor, scale: float | None = None, side: str = "query") -> Tensor:
-        """phi(x), whose products phi(q).phi(k) estimate the kernel without bias.
+        """phi(x), whose products phi(q).phi(k) estimate the kernel: of the softmax kernels without bias, but for prototypes.
 
         Arguments:
             x: queries or keys, of shape (..., D); (..., H, L, D) for features that were calibrated for several heads.
             scale: of q.k; 1 / sqrt(D) when None. Each of q and k is multiplied by its square root.
-            side: "query" or "key". Only calibrated "softmax-sharp" features tell them apart; uncalibrated ones are FAVOR+.
+            side: "query" or "key". Only calibrated features tell them apart ("softmax-sharp": uncalibrated ones are FAVOR+).
 
         Returns:
             A tensor of shape (..., `size`), in float32 at least. The softmax features of far-out tokens overflow here, as the
@@ -503,11 +542,13 @@ class FavorFeatures(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32)) * attention_scale(scale, self.head_dim) ** 0.5
             if calibration is not None:
-                if calibration.balance.shape[0] == 1:
-                    calibration = Proposal(*(tensor.squeeze(0) for tensor in calibration))
-                calibration = Proposal(*(tensor.to(x.dtype) for tensor in calibration))
+                if calibration[0].shape[0] == 1:
+                    calibration = type(calibration)(*[tensor.squeeze(0) for tensor in calibration])
+                calibration = type(calibration)(*[tensor.to(x.dtype) for tensor in calibration])
                 log_phi = calibration.log_features(self._matrix().to(x.dtype), x, side == "query")
                 return torch.exp(log_phi) * self.size**-0.5
+            if self._fitted_kind == "prototypes":
+                raise self._nothing_fitted()
             u = self.project(x)
             log_weight = x.square().sum(-1, keepdim=True) * (-kernel.norm / 2)
             if kernel.function is None:
@@ -526,7 +567,7 @@ class FavorFeatures(nn.Module):
             shown += ", trainable=True"
         if self.compatibility is not None:
             shown += f", compatibility={self.compatibility!r}"
-        return shown if self._calibration is None else f"{shown}, calibrated_heads={self._calibration.balance.shape[0]}"
+        return shown if self._calibration is None else f"{shown}, calibrated_heads={self._calibration[0].shape[0]}"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -19,6 +19,7 @@ from performers.attention.exact import ExactState
 from performers.attention.features import attention_scale
 
 TILE = 2**21  # weights at a time, over all blocks and heads
+TOKENS = 2**19  # at a time, over heads: each has a query, a key, a value and their gradients in float32
 
 
 @dataclass(frozen=True)
@@ -231,14 +232,23 @@ class _Sequence(NamedTuple):
     real: Tensor | None  # (P,) the keys that are not padding, where some are
 
 
-def _sequences(query: Tensor, key: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> list[_Sequence]:
+def _sequences(query: Tensor, key: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Iterator[_Sequence]:
     batch, heads = query.shape[:2]
     if cu_seqlens is not None:
-        return [_Sequence(slice(0, heads), rows, None) for rows in segments(cu_seqlens, query.shape[2])]
-    if mask is None:
-        return [_Sequence(slice(0, batch * heads), slice(None), None)]
-    rows = [slice(row * heads, (row + 1) * heads) for row in range(batch)]
-    return [_Sequence(at, slice(None), mask[row].nonzero()[:, 0]) for row, at in enumerate(rows)]
+        for rows in segments(cu_seqlens, query.shape[2]):
+            yield from _in_groups(0, heads, rows, rows.stop - rows.start, None)
+    elif mask is None:
+        yield from _in_groups(0, batch * heads, slice(None), key.shape[2], None)
+    else:
+        for row in range(batch):
+            real = mask[row].nonzero()[:, 0]
+            yield from _in_groups(row * heads, (row + 1) * heads, slice(None), key.shape[2], real)
+
+
+def _in_groups(first: int, last: int, rows: slice, length: int, real: Tensor | None) -> Iterator[_Sequence]:
+    size = max(1, TOKENS // max(1, length))
+    for start in range(first, last, size):
+        yield _Sequence(slice(start, min(start + size, last)), rows, real)
 
 
 def _plans(

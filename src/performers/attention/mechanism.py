@@ -57,6 +57,11 @@ class Mechanism(nn.Module):
         return False
 
     @property
+    def has_fixed_causal_state(self) -> bool:
+        """Whether that holds of causal attention, which may forget what no later query sees."""
+        return self.has_fixed_state
+
+    @property
     def shares_query_and_key(self) -> bool:
         """Whether its queries are its keys, so that a model leaves the projection of keys out."""
         return False

@@ -213,14 +213,12 @@ def _joined(pieces: list[_Piece], is_causal: bool) -> list[tuple[_Piece, list[in
     """The pieces in order, those that need no other process joined into one with the offsets of its sequences."""
     found: list[tuple[_Piece, list[int] | None]] = []
     for piece in pieces:
+        before, offsets = found[-1] if found else (piece, None)
         if piece.continues or (piece.goes_on and not is_causal):
             found.append((piece, None))
-        elif found and found[-1][1] is not None:
-            before, offsets = found[-1]
-            found[-1] = (
-                before._replace(at=slice(before.at.start, piece.at.stop)),
-                [*offsets, piece.at.stop - before.at.start],
-            )
+        elif offsets is not None:
+            joined = before._replace(at=slice(before.at.start, piece.at.stop))
+            found[-1] = (joined, [*offsets, piece.at.stop - before.at.start])
         else:
             found.append((piece, [0, piece.at.stop - piece.at.start]))
     return found

@@ -5,7 +5,8 @@ position, and cut in chunks of `bucket_size`; a query sees the keys of the chunk
 is done `num_hashes` times, and softmax is taken over the union of what the rounds show (section 3, equations 3 to 6).
 
 What it cannot do: in causal attention a query sees no later key, but which earlier ones it sees depends on how all keys fill the
-chunks, the later ones too. By construction, then, outputs depend a little on the future, and no state can be carried on exactly.
+chunks, the later ones too. By construction, then, outputs depend a little on the future (docs/systems.md measures how much), and
+no state can be carried on exactly.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from performers.attention.gathered import PLANS, Blocks, Plan, Positions, gather
 from performers.attention.mechanism import Mechanism
 from performers.errors import InputError
 
-MOST_ROTATIONS = (
-    64  # beyond as many buckets a hash is a pair of hashes, which need the square root of the work (section 4.1)
-)
+# Beyond as many buckets a hash is a pair of hashes, which need the square root of the work (section 4.1).
+MOST_ROTATIONS = 64
+PRODUCTS = 2**22  # of vectors and rotations at a time
 
 
 def reformer_attention(
@@ -129,12 +130,18 @@ def hash_buckets(x: Tensor, seed: int, num_hashes: int, num_keys: int, bucket_si
         halves = [first, -(-wanted // (4 * first))]
     generator = torch.Generator().manual_seed(seed)
     rotations = torch.randn(num_hashes, sum(halves), x.shape[-1], generator=generator, dtype=torch.float64)
-    buckets = torch.zeros((), dtype=torch.long, device=x.device)
     x = x.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(-3)
-    for rotation in rotations.to(x).split(halves, dim=1):
-        turned = x @ rotation.mT  # (..., rounds, L, half)
-        buckets = buckets * (2 * rotation.shape[1]) + torch.cat([turned, -turned], -1).argmax(-1)
-    return buckets
+    factors = rotations.to(x).split(halves, dim=1)
+    size = max(1, PRODUCTS // (x.shape[:-3].numel() * num_hashes * max(halves)))
+
+    def bucket(piece: Tensor) -> Tensor:
+        found = torch.zeros((), dtype=torch.long, device=x.device)
+        for rotation in factors:
+            turned = piece @ rotation.mT  # (..., rounds, size, half)
+            found = found * (2 * rotation.shape[1]) + torch.cat([turned, -turned], -1).argmax(-1)
+        return found
+
+    return torch.cat([bucket(piece) for piece in x.split(size, dim=-2)], -1)
 
 
 class _Hashed(NamedTuple):
@@ -225,6 +232,11 @@ PLANS["lsh"] = _plan
 
 class ReformerAttention(Mechanism):
     """Reformer's attention as a mechanism of a model.
+
+    Two laws do not apply: exact causality, and that streaming equals the whole. A query's chunk depends on how all keys fill the
+    chunks, so later keys move an output a little, and a state brings other chunks than the whole sequence has. No weight ever
+    goes to a later key. And where reversible layers are computed again, a token that rounding has moved over the border of two
+    buckets sees other keys.
 
     Arguments:
         head_dim: D of queries and keys; not needed, given to every mechanism.

@@ -6,8 +6,14 @@ paper calls a merged head):
 - strided: the l before it, i - j <= l, and every l-th, (i - j) mod l = 0.
 - fixed: its own block of l positions, floor(j / l) = floor(i / l), and the last c positions of every block.
 
-These are the paper's. The code that was released with it has other ones: its strided pattern lays blocks, not positions, on the
-diagonal. Bidirectional attention, which the paper does not have, takes |i - j| and blocks on both sides.
+These are the paper's. The code that was released with it (openai/sparse_attention) has others, which are not offered here:
+
+- its "strided" is the second set alone; the first is a mode of its own, "local", for another layer or another head, and it is one
+  key narrower, i - j < l;
+- its "fixed" counts in blocks of 32 positions: c is a multiple of 32, and with several heads each takes another c of a block (the
+  last, the last but one, ...), which the paper recommends in a sentence. Here every head takes the last.
+
+Bidirectional attention, which the paper does not have, takes |i - j| and blocks on both sides. All laws apply.
 """
 
 from __future__ import annotations
@@ -54,14 +60,14 @@ def sparse_pattern(
 def _sizes(pattern: str, stride: int | None, summary: int | None, length: int) -> tuple[int, int]:
     if pattern not in PATTERNS:
         raise InputError(f"pattern={pattern!r} is not known: expected one of {', '.join(map(repr, PATTERNS))}.")
+    for name, number, most in (("stride", stride, None), ("summary", summary, stride)):
+        wrong = isinstance(number, bool) or not isinstance(number, int) or number < 1 or (most and number > most)
+        if number is not None and wrong:
+            raise InputError(f"{name}={number!r} must be a positive integer{f', at most {most}' if most else ''}.")
     if stride is None:
         stride = max(1, round(length**0.5))
-    if summary is None:
-        summary = min(8, max(1, stride // 16))
-    for name, number, most in (("stride", stride, None), ("summary", summary, stride)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1 or (most and number > most):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InputError(f"{name}={number!r} must be a positive integer{f', at most {most}' if most else ''}.")
-    return stride, summary
+        summary = None if summary is None else min(summary, stride)
+    return stride, min(8, max(1, stride // 16)) if summary is None else summary
 
 
 def sparse_attention(
@@ -88,7 +94,8 @@ def sparse_attention(
         value: (B, Hkv, Lk, Dv).
         pattern: "strided" or "fixed".
         stride: l; the rounded square root of the longest sequence's length when None, which only a whole sequence has.
-        summary: c, of the fixed pattern; when None l // 16, at least 1 and at most the paper's 8 (for a stride of 128).
+        summary: c, of the fixed pattern, at most l (and l itself where that follows from a length and is less); when None
+            l // 16, at least 1 and at most the paper's 8 (for a stride of 128).
         is_causal: a query sees no later key; when Lq and Lk differ, the last query is aligned with the last key.
         key_padding_mask: (B, Lk) bool, True for a real token. Positions count real tokens alone, so padding is invisible
             wherever it stands; a query that is padding itself gives zeros.

@@ -33,7 +33,7 @@ from performers.benchmarks.experiment import (
     logarithmic_axes,
     measure_cells,
 )
-from performers.benchmarks.isolation import available_memory, run_alone
+from performers.benchmarks.isolation import RETURN_FREED_MEMORY, available_memory, run_alone, was_killed
 from performers.errors import InputError, MissingExtraError, RunError
 from performers.folders import write_file
 
@@ -51,8 +51,6 @@ _EXACT = ("sdpa", "materialised")
 _CAUSAL_ONLY = ("flash-linear-attention", "flash-linear-attention-given")
 # What the rivals of the FAVOR kind compute.
 _RIVAL_KERNELS = ("softmax", "relu")
-# glibc keeps freed memory for itself otherwise, and the peak would count it.
-_RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 _GROWTH_FROM = 8192
 
 
@@ -299,7 +297,7 @@ def _measure(cell: Cell, before: list[Figures], max_minutes: float) -> Figures:
         if cell["part"] == "decoding":
             figures = run_alone(f"{module}:decoding_time", timeout=timeout, **cell)
         else:
-            figures = run_alone(f"{module}:layer_memory", environment=_RETURN_FREED_MEMORY, timeout=timeout, **cell)
+            figures = run_alone(f"{module}:layer_memory", environment=RETURN_FREED_MEMORY, timeout=timeout, **cell)
             if figures["status"] == DONE:
                 figures |= run_alone(f"{module}:layer_time", timeout=timeout, **cell)
     except InputError as error:
@@ -307,7 +305,7 @@ def _measure(cell: Cell, before: list[Figures], max_minutes: float) -> Figures:
     except TimeoutError:
         return {"status": SKIPPED, "reason": f"not done in {max_minutes:g} minutes"}
     except RunError as error:
-        if "status -9:" in str(error):  # killed, as Linux does when memory runs out
+        if was_killed(error):
             return {"status": NO_ROOM, "reason": "the system ended its process"}
         return {"status": FAILED, "reason": str(error)}
     figures.pop("peak_bytes", None)

@@ -13,7 +13,6 @@ The three measurements are called in a process of their own and know nothing of 
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable
@@ -24,13 +23,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from performers.attention import FavorFeatures, FavorState, favor_attention
-from performers.benchmarks.experiment import DONE, NO_ROOM, Cell, Figures
-from performers.benchmarks.isolation import (
-    forget_peak,
-    peak_memory,
-    refuse_beyond_available_memory,
-    resident_memory,
-)
+from performers.benchmarks.experiment import DONE, Cell, Figures
+from performers.benchmarks.isolation import or_no_room, refuse_beyond_available_memory
+from performers.memory import forget_peak, peak_memory, resident_memory
 
 Attend = Callable[..., Tensor]
 
@@ -39,22 +34,7 @@ _DATA_DEPENDENT = ("softmax-sharp", "softmax-optimal")
 _LONGEST_CHECKED = 131_072
 
 
-def _or_no_room(measure: Callable[[Cell], Figures]) -> Callable[..., Figures]:
-    """A measurement for which running out of memory is a result."""
-
-    @functools.wraps(measure)
-    def measured(**cell: Any) -> Figures:
-        try:
-            return measure(cell)
-        except (RuntimeError, MemoryError) as error:
-            if not _says_no_room(error):
-                raise
-            return {"status": NO_ROOM, "reason": "memory ran out"}
-
-    return measured
-
-
-@_or_no_room
+@or_no_room
 def layer_memory(cell: Cell) -> Figures:
     """Makes one forward and backward pass and weighs it.
 
@@ -82,7 +62,7 @@ def layer_memory(cell: Cell) -> Figures:
     return {"status": DONE, "needed_bytes": needed, "extra_bytes": extra, "total_bytes": needed + extra}
 
 
-@_or_no_room
+@or_no_room
 def layer_time(cell: Cell) -> Figures:
     """Times forward and backward passes between two measurements of the dense rate.
 
@@ -117,7 +97,7 @@ def layer_time(cell: Cell) -> Figures:
     }
 
 
-@_or_no_room
+@or_no_room
 def decoding_time(cell: Cell) -> Figures:
     """Times the decoding of single tokens after the states have seen so many others, the positions taken in turn.
 
@@ -216,13 +196,6 @@ class _Prepared:
         rows = sorted({round(i * (out.shape[2] - 1) / 7) for i in range(8)})
         exact = rows_in_float64(*self._inputs, rows, self.causal, self.features)
         return float((out[:, :, rows].double() - exact).norm() / exact.norm())
-
-
-def _says_no_room(error: BaseException) -> bool:
-    words = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    )
 
 
 def rows_in_float64(

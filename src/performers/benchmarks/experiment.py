@@ -11,24 +11,28 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from performers import __version__
-from performers.errors import OutputError
-from performers.folders import fsync, room_for, writing
+from performers.errors import OutputError, RunError
+from performers.folders import fsync, room_for, write_file, writing
 
 Cell = dict[str, Any]
 Figures = dict[str, Any]
 
-# What a cell can come to. A measurement, and finding out that there is no room for one, are kept; the rest is tried again.
-DONE, NO_ROOM, SKIPPED, UNAVAILABLE, FAILED = "done", "does not fit", "skipped", "unavailable", "failed"
-_KEPT = (DONE, NO_ROOM)
+# What a cell can come to. A measurement, and finding out that there is no room for one or that a run diverges, are kept; the
+# rest is tried again.
+DONE, NO_ROOM, DIVERGED = "done", "does not fit", "diverged"
+SKIPPED, UNAVAILABLE, FAILED = "skipped", "unavailable", "failed"
+_KEPT = (DONE, NO_ROOM, DIVERGED)
 
 
 class CellLog:
@@ -69,6 +73,12 @@ class CellLog:
                     raise OutputError(f"{folder} is already in use by `performers {entry['where']['command']}`.")
                 if not restart:
                     self._kept[_key(entry["where"], entry["cell"])] = entry["figures"]
+        if restart and (folder / "runs").is_dir():
+            shutil.rmtree(folder / "runs")
+
+    def folder_of(self, cell: Cell) -> Path:
+        """A folder for what measuring a cell leaves behind, such as a model; its name holds for this code and machine alone."""
+        return self.folder / "runs" / hashlib.sha256(_key(self._where, cell).encode()).hexdigest()[:16]
 
     def find(self, cell: Cell) -> Figures | None:
         """The figures of a cell that was measured before."""
@@ -137,6 +147,133 @@ def measure_cells(
             print(f"[{number}/{len(unique)}] {name(cell)}: {result(figures)}{left}", file=sys.stderr, flush=True)
         results.append({**cell, **figures})
     return results
+
+
+QUICK_NOTE = "Quick settings: they show that the command works; the figures mean nothing beyond that."
+
+
+class Experiment:
+    """One command at work on its cells: what was measured before, the record of the run, and the report at the end.
+
+    Arguments:
+        name: the command is `performers benchmark NAME`, the report NAME.json.
+        settings: whatever the command was asked for; JSON can hold it, and "seed" and "device" are in it.
+        output: the folder, as of `CellLog`.
+        quick: whether the settings are too small to mean anything; the report says so.
+        restart: as of `CellLog`.
+
+    Attributes:
+        log: the cells, and where they are kept.
+        results: what `measure` returned so far, all calls together.
+        notes: lines for the report.
+    """
+
+    def __init__(
+        self, name: str, settings: dict[str, Any], output: str | Path, *, quick: bool, restart: bool = False
+    ) -> None:
+        from performers.training.runs import RunRecord
+
+        self.name, self.settings, self.quick = name, settings, quick
+        self.log = CellLog(Path(output), f"benchmark {name}", restart=restart)
+        self.results: list[Figures] = []
+        self.notes = [QUICK_NOTE] if quick else []
+        self._left_out: dict[tuple[str, str], list[str]] = {}
+        self._record = RunRecord(
+            self.log.folder,
+            f"benchmark {name}",
+            arguments={"quick": quick, **settings},
+            seed=settings["seed"],
+            device=settings["device"],
+        )
+
+    def __enter__(self) -> Self:
+        self._record.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._record.__exit__(kind, error, traceback)
+
+    def measure(
+        self,
+        cells: Sequence[Cell],
+        measure: Callable[[Cell, list[Figures]], Figures],
+        *,
+        name: Callable[[Cell], str],
+        result: Callable[[Figures], str],
+        weight: Callable[[Cell], float] = lambda cell: 1.0,
+    ) -> list[Figures]:
+        """`measure_cells` with this experiment's log."""
+        found = measure_cells(
+            cells,
+            measure,
+            self.log,
+            name=name,
+            result=lambda figures: result(figures) if figures["status"] == DONE else _why(figures),
+            weight=weight,
+        )
+        self.results += found
+        for cell in found:
+            if cell["status"] != DONE:
+                self._left_out.setdefault((cell["status"], cell["reason"]), []).append(name(cell))
+        return found
+
+    def report(self, draw: Callable[[dict[str, Any], Path], list[Path]], **figures: Any) -> dict[str, Any]:
+        """Writes NAME.json and the pictures.
+
+        Arguments:
+            draw: makes the pictures of a report in a folder and returns their paths.
+            figures: what the report says besides the cells.
+
+        Returns:
+            The report; its notes have a line for every reason why a cell has no figures.
+
+        Raises:
+            RunError: nothing could be measured.
+        """
+        without = [result for result in self.results if result["status"] != DONE]
+        if len(without) == len(self.results):
+            raise RunError(f"Nothing could be measured: {_why(without[0]) if without else 'no cell was asked for.'}")
+        left_out = [
+            f"{status}: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}"
+            for (status, reason), names in self._left_out.items()
+        ]
+        report = {
+            "benchmark": self.name,
+            "quick": self.quick,
+            "code": self.log.code,
+            "machine": self.log.machine,
+            "settings": self.settings,
+            "cells": self.results,
+            **_finite(figures),
+            "notes": [*self.notes, *left_out],
+            "failed": sum(result["status"] == FAILED for result in self.results),
+        }
+        report["pictures"] = [path.name for path in draw(report, self.log.folder)]
+        write_file(self.log.folder / f"{self.name}.json", json.dumps(report, indent=1) + "\n")
+        self._record.results(cells=len(self.results), pictures=report["pictures"])
+        return report
+
+
+def _why(figures: Figures) -> str:
+    return f"{figures['status']}: {figures['reason']}"
+
+
+def extrapolated(points: Sequence[tuple[float, float]], x: float, *, unknown: float) -> float:
+    """The y at a greater x, on the power law through the last two points, no flatter than a line and no steeper than a square.
+
+    Arguments:
+        points: (x, y) by rising x, at least one.
+        x: greater than theirs.
+        unknown: the exponent where there is one point alone.
+    """
+    last_x, last_y = points[-1]
+    power = unknown
+    if len(points) > 1:
+        before_x, before_y = points[-2]
+        power = min(max(math.log(last_y / before_y) / math.log(last_x / before_x), 1.0), 2.0)
+    return last_y * (x / last_x) ** power
 
 
 def logarithmic_axes(axes: Any, ticks: Sequence[float], labels: Sequence[str]) -> None:

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from performers.benchmarks.experiment import NO_ROOM
 from performers.errors import InputError, PerformersError, RunError
+from performers.memory import forget_peak, peak_memory, resident_memory, status
+
+__all__ = [
+    "RETURN_FREED_MEMORY",
+    "available_memory",
+    "forget_peak",
+    "or_no_room",
+    "peak_memory",
+    "refuse_beyond_available_memory",
+    "resident_memory",
+    "run_alone",
+    "was_killed",
+]
 
 _MARK = "figures: "
+# For measurements of memory: glibc keeps freed memory for itself otherwise, and the peak would count it.
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def run_alone(
@@ -56,26 +74,24 @@ def run_alone(
     return json.loads(last.removeprefix(_MARK))
 
 
-def peak_memory() -> int:
-    """The largest resident memory of this process so far, or since `forget_peak`, in bytes."""
-    # getrusage would count the process that started this one, too, up to the moment that Python took its place.
-    peak = _status("VmHWM")
-    if peak is not None:
-        return peak
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def or_no_room(measure: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """A measurement of a cell, given as keywords, for which running out of memory is a result."""
+
+    @functools.wraps(measure)
+    def measured(**cell: Any) -> dict[str, Any]:
+        try:
+            return measure(cell)
+        except (RuntimeError, MemoryError) as error:
+            if not _says_no_room(error):
+                raise
+            return {"status": NO_ROOM, "reason": "memory ran out"}
+
+    return measured
 
 
-def resident_memory() -> int:
-    """The resident memory of this process, in bytes; where the system does not tell, the largest so far."""
-    resident = _status("VmRSS")
-    return peak_memory() if resident is None else resident
-
-
-def forget_peak() -> None:
-    """Starts `peak_memory` anew from what is resident now, where the system can (Linux)."""
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as control:
-        control.write("5")
+def was_killed(error: RunError) -> bool:
+    """Whether the system ended the process of `run_alone`, as Linux does when memory runs out."""
+    return "status -9:" in str(error)
 
 
 def available_memory() -> int | None:
@@ -91,7 +107,7 @@ def available_memory() -> int | None:
 
 def refuse_beyond_available_memory() -> None:
     """Makes an allocation that the machine has no room for fail in this process, before the system kills one of its choice."""
-    available, used = available_memory(), _status("VmData")
+    available, used = available_memory(), status("VmData")
     if available is not None and used is not None:
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         wanted = used + int(0.9 * available)
@@ -100,11 +116,11 @@ def refuse_beyond_available_memory() -> None:
         )
 
 
-def _status(field: str) -> int | None:
-    """A line of this process's memory account on Linux, in bytes."""
-    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
-    return None
+def _says_no_room(error: BaseException) -> bool:
+    import torch
+
+    words = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def _main(function: str, arguments: str) -> None:

@@ -58,41 +58,73 @@ def training_steps(
         attention, preset, context, kernel, batch_size, steps, objective, device, dtype, threads, seed: those of the command.
 
     Returns:
-        attention, preset, context, batch_size, objective, layer_chunk, sequence_chunk, device, dtype, threads, parameters, loss
-        (of the last step), seconds_per_step (the median) and tokens_per_second; on cuda peak_bytes too.
+        attention, preset, context, batch_size, objective, layer_chunk, sequence_chunk, and the figures of `time_steps`.
+    """
+    keys = {
+        "input": "bundled:train",
+        "objective": objective,
+        "context": context,
+        "contexts": "concatenated",
+        "preset": preset,
+        "attention": attention,
+        "kernel": kernel if attention == "favor" else None,
+        "architecture": {} if layer_chunk is None else {"chunk_size_layer": layer_chunk},
+        "sequence_chunk": sequence_chunk,
+        "batch_size": batch_size,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "threads": threads,
+    }
+    figures = time_steps(keys, warm_up, steps)
+    return {
+        "attention": attention,
+        "preset": preset,
+        "context": context,
+        "batch_size": batch_size,
+        "objective": objective,
+        "layer_chunk": figures.pop("layer_chunk"),
+        "sequence_chunk": sequence_chunk,
+        **figures,
+    }
+
+
+def time_steps(keys: dict[str, Any], warm_up: int, steps: int) -> dict[str, Any]:
+    """Takes `warm_up` steps of a pretraining run untimed and `steps` timed, without a run folder.
+
+    Arguments:
+        keys: of `PretrainConfig`, without "output" and "steps".
+        warm_up: steps before those that are timed.
+        steps: that are timed, at least one.
+
+    Returns:
+        device, dtype, threads, layer_chunk, parameters, loss (of the last step), seconds_per_step (the median) and
+        tokens_per_second; on cuda peak_bytes too.
+
+    Raises:
+        InputError: a key is not valid.
     """
     import torch
 
-    from performers.data import Contexts, in_memory_corpus, read_fasta
+    from performers.data import Contexts, Corpus, in_memory_corpus, read_fasta
     from performers.training.configuration import PretrainConfig
     from performers.training.distributed import World, choose_device, choose_dtype, keep_freed_memory, use_threads
-    from performers.training.loop import accumulate_gradients, micro_batches, new_model, new_optimizer
+    from performers.training.language_modelling import micro_batches, new_model
+    from performers.training.loop import accumulate_gradients, new_optimizer
 
-    with use_threads(threads), tempfile.TemporaryDirectory() as folder:
+    with use_threads(keys.get("threads")), tempfile.TemporaryDirectory() as folder:
         keep_freed_memory()
-        chosen = choose_device(device)
-        precision = choose_dtype(dtype, chosen)
-        config = PretrainConfig.parse(
-            {
-                "input": "bundled:train",
-                "output": str(Path(folder) / "run"),
-                "objective": objective,
-                "context": context,
-                "contexts": "concatenated",
-                "preset": preset,
-                "attention": attention,
-                "kernel": kernel if attention == "favor" else None,
-                "architecture": {} if layer_chunk is None else {"chunk_size_layer": layer_chunk},
-                "sequence_chunk": sequence_chunk,
-                "batch_size": batch_size,
-                "steps": warm_up + steps,
-                "seed": seed,
-            }
-        )
-        proteins = in_memory_corpus(_enough(read_fasta(config.input), batch_size * context))
-        contexts = Contexts(proteins, context, mode="concatenated", seed=seed)
-        world = World(0, 1, chosen)
-        model = new_model(config).to(chosen).train()
+        output = str(Path(folder) / "run")
+        config = PretrainConfig.parse({**keys, "output": output, "steps": warm_up + steps})
+        device = choose_device(config.device)
+        precision = choose_dtype(config.dtype, device)
+        if (Path(config.input[0]) / "corpus.json").is_file():
+            proteins = Corpus.open(config.input[0])
+        else:
+            proteins = in_memory_corpus(_enough(read_fasta(config.input), config.batch_size * config.context))
+        contexts = Contexts(proteins, config.context, mode=config.contexts, seed=config.seed)
+        world = World(0, 1, device)
+        model = new_model(config).to(device).train()
         optimizer = new_optimizer(config, model)
         seconds: list[float] = []
         loss = float("nan")
@@ -106,23 +138,17 @@ def training_steps(
             seconds.append(time.perf_counter() - started)
         median = statistics.median(seconds[warm_up:])
         figures: dict[str, Any] = {
-            "attention": attention,
-            "preset": preset,
-            "context": context,
-            "batch_size": batch_size,
-            "objective": objective,
-            "layer_chunk": model.config.chunk_size_layer,
-            "sequence_chunk": sequence_chunk,
-            "device": str(chosen),
+            "device": str(device),
             "dtype": str(precision).removeprefix("torch."),
             "threads": torch.get_num_threads(),
+            "layer_chunk": model.config.chunk_size_layer,
             "parameters": model.num_parameters(),
             "loss": loss,
             "seconds_per_step": median,
-            "tokens_per_second": batch_size * context / median,
+            "tokens_per_second": config.batch_size * config.context / median,
         }
-        if chosen.type == "cuda":
-            figures["peak_bytes"] = torch.cuda.max_memory_allocated(chosen)
+        if device.type == "cuda":
+            figures["peak_bytes"] = torch.cuda.max_memory_allocated(device)
         return figures
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 # Each module adds its commands to the application, in this order.
-from performers.cli import benchmarks, pretraining  # noqa: F401
+from performers.cli import benchmarks, conversion, distillation, pretraining, tools  # noqa: F401
 from performers.cli.application import app
 from performers.errors import InputError, PerformersError
 

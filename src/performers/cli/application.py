@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
 from performers.errors import InputError
+from performers.training.configuration import TrainConfig
 
 app = typer.Typer(
     name="performers",
@@ -63,3 +65,50 @@ def table(header: list[str], rows: list[list[str]]) -> None:
         grid.add_row(*row)
     # Into a file or a pipe nothing is folded.
     Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(grid)
+
+
+def options_of(config: type[TrainConfig], *positional: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command an option for every key of a configuration, so that the two cannot come apart.
+
+    Arguments:
+        config: the configuration; the command takes its keys as keyword arguments, None where they are not given.
+        positional: keys that are arguments, not options.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [
+            parameter
+            for parameter in inspect.signature(command, eval_str=True).parameters.values()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        made = {key: _parameter(key, field, key in positional) for key, field in config.model_fields.items()}
+        first = [made.pop(key) for key in positional]
+        parameters = [*first, *own, *made.values()]
+        command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return command
+
+    return decorate
+
+
+def _parameter(key: str, field: Any, positional: bool) -> inspect.Parameter:
+    flags = [f"--{key.replace('_', '-')}"]
+    kind: Any = field.annotation
+    if type(None) in get_args(kind):
+        kind = next(part for part in get_args(kind) if part is not type(None))
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if get_origin(kind) is dict:
+        kind = list[str]
+    if kind is bool:
+        flags = [f"{flags[0]}/--no-{flags[0][2:]}"]
+    if key in ("input", "output"):
+        flags.append(f"-{key[0]}")
+    default = field.get_default()
+    plain = field.is_required() or default in (None, [], {}, False)
+    text = field.description if plain else f"{field.description} [{default}]"
+    repeatable = "<str>, repeatable" if get_origin(kind) is list else None
+    option = typer.Argument(help=text) if positional else typer.Option(*flags, help=text, metavar=repeatable)
+    return inspect.Parameter(
+        key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )

@@ -10,7 +10,9 @@ import typer
 
 from performers.cli.application import Device, Dtype, Json, Seed, Threads, app, listed, numbers, table
 
-benchmark = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure time and memory on this machine.")
+benchmark = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Measure time, memory and quality on this machine."
+)
 app.add_typer(benchmark, name="benchmark")
 
 
@@ -76,6 +78,10 @@ def benchmark_training(
     )
 
 
+_SYSTEMS = (
+    "transformer, transformer-materialised, performer-relu, performer-softmax, reformer, sparse, local, "
+    "performer-relu+sparse, performer-relu|local, identity"
+)
 _FOLDER_HELP = "Folder for the report, the pictures and what was measured; the same command goes on with it."
 _RESTART_HELP = "Measure again what the folder holds."
 _QUICK_HELP = "Small sizes, to see that it works; the figures mean little."
@@ -207,6 +213,396 @@ def benchmark_approximation(
     )
     report = measure_approximation(settings, output, notes=notes, restart=restart)
     _print_report(report, lambda report: tables(report, error), output, as_json)
+
+
+Systems = Annotated[
+    str | None, typer.Option("--system", help=f"Systems, with commas, of {_SYSTEMS}.", show_default="all that apply")
+]
+Seeds = Annotated[str | None, typer.Option(help="Seeds of the runs, with commas.", show_default="1,2,3")]
+Proteins = Annotated[
+    list[str] | None,
+    typer.Option("--input", "-i", help="FASTA files to split and train on.", show_default="the bundled sample"),
+]
+Labels = Annotated[
+    str | None,
+    typer.Option(help="TSV of record id and family, to split the input by family.", show_default="by cluster"),
+]
+Steps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps of a run.", show_default="6000")]
+Context = Annotated[int | None, typer.Option(min=4, help="Tokens in one context.", show_default="512")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Contexts in one step.", show_default="4")]
+Heads = Annotated[int | None, typer.Option(min=1, help="Heads of the model.", show_default="2")]
+Layers = Annotated[int | None, typer.Option(min=1, help="Layers of the model.", show_default="4")]
+FeedForward = Annotated[
+    int | None, typer.Option("--d-ff", min=1, help="Width inside its feed-forward blocks.", show_default="512")
+]
+Width = Annotated[int | None, typer.Option("--d", min=1, help="Width of the model.", show_default="128")]
+LearningRate = Annotated[
+    float | None, typer.Option(min=0.0, help="Peak learning rate.", show_default="0.002; concatenated: 0.001")
+]
+ScoreProteins = Annotated[
+    int | None, typer.Option(min=1, help="Proteins of each set that are scored.", show_default="500")
+]
+Recompute = Annotated[
+    str | None,
+    typer.Option(help="What the backward pass recomputes, with commas: none, layers, reversible, default."),
+]
+MaxMinutes = Annotated[
+    float | None, typer.Option(min=0.01, help="Flag a step that would take longer, and skip it.", show_default="10")
+]
+Restart = Annotated[bool, typer.Option("--restart", help=_RESTART_HELP)]
+Quick = Annotated[bool, typer.Option("--quick", help=_QUICK_HELP)]
+
+
+def _folder(name: str) -> Any:
+    return typer.Option("--output", "-o", help=_FOLDER_HELP, show_default=f"benchmark-{name}")
+
+
+@benchmark.command("cost")
+def benchmark_cost(
+    system: Systems = None,
+    size: Annotated[
+        str | None, typer.Option(help="Models, with commas: regular is (8, 6, 2048, 512), small is (1, 6, 64, 64).")
+    ] = None,
+    part: Annotated[str | None, typer.Option(help="Parts, with commas: layer, model.", show_default="both")] = None,
+    length: Annotated[
+        str | None, typer.Option(help="Lengths in tokens, with commas.", show_default="1024 to 32768")
+    ] = None,
+    longest: Annotated[
+        int | None, typer.Option(min=64, help="Length up to which memory is measured.", show_default="2097152")
+    ] = None,
+    cap: Annotated[str | None, typer.Option(help="Memory in GiB, with commas.", show_default="4,8,16")] = None,
+    recompute: Recompute = None,
+    energy_length: Annotated[
+        int | None,
+        typer.Option(min=0, help="Tokens in a context of the energy measurement; 0 for none.", show_default="1024"),
+    ] = None,
+    grams_per_kwh: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Carbon intensity of the grid, CO2 equivalent.", show_default="475, the world's"),
+    ] = None,
+    objective: Annotated[Literal["mlm", "clm"], typer.Option(help="Bidirectional or causal.")] = "mlm",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="bfloat16 is autocast.")] = "float32",
+    output: Annotated[str, _folder("cost")] = "benchmark-cost",
+    restart: Restart = False,
+    max_minutes: MaxMinutes = None,
+    quick: Quick = False,
+    device: Device = "auto",
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Time, peak memory and energy of a training step against the length, and the longest that fits a given memory.
+
+    Example: performers benchmark cost --size small --system transformer,performer-relu,reformer,identity
+    """
+    from performers.benchmarks.cost import CostSettings, measure_cost, tables
+    from performers.training.distributed import choose_device
+
+    settings = CostSettings.of_size(
+        quick,
+        systems=listed(system),
+        sizes=listed(size),
+        parts=listed(part),
+        lengths=numbers("--length", length),
+        longest=longest,
+        caps=numbers("--cap", cap, float),
+        recomputations=listed(recompute),
+        energy_length=energy_length,
+        grams_per_kwh=grams_per_kwh,
+        objective=objective,
+        dtype=dtype,
+        device=str(choose_device(device)),
+        threads=threads,
+        seed=seed,
+        max_minutes=max_minutes,
+    )
+    _print_report(measure_cost(settings, output, quick=quick, restart=restart), tables, output, as_json)
+
+
+@benchmark.command("concatenated")
+def benchmark_concatenated(
+    input: Proteins = None,
+    labels: Labels = None,
+    context: Annotated[int | None, typer.Option(min=64, help="Tokens in one context.", show_default="8192")] = None,
+    cap: Annotated[float | None, typer.Option(min=0.01, help="Memory in GiB.", show_default="16")] = None,
+    recompute: Recompute = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.0, help="Of training, for each; 0 trains nothing.", show_default="60")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Contexts in a step of training.", show_default="1")
+    ] = None,
+    other: Annotated[
+        str | None,
+        typer.Option(help="Systems to train beside Performer and its rival; or none.", show_default="transformer"),
+    ] = None,
+    learning_rate: LearningRate = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds of the runs, with commas.", show_default="1")] = None,
+    output: Annotated[str, _folder("concatenated")] = "benchmark-concatenated",
+    restart: Restart = False,
+    quick: Quick = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Proteins joined to 8,192 tokens: what fits 16 GiB, and Performer against the Transformer that fits, in equal time.
+
+    Example: performers benchmark concatenated --minutes 0
+    """
+    from performers.benchmarks.concatenated import ConcatenatedSettings, measure_concatenated, tables
+    from performers.training.distributed import choose_device
+
+    settings = ConcatenatedSettings.of_size(
+        quick,
+        sources=input,
+        labels=labels,
+        context=context,
+        cap=cap,
+        recomputations=listed(recompute),
+        minutes=minutes,
+        batch_size=batch_size,
+        others=listed(other),
+        learning_rate=learning_rate,
+        seeds=numbers("--seeds", seeds),
+        device=str(choose_device(device)),
+        dtype=dtype,
+        threads=threads,
+        seed=seed,
+    )
+    _print_report(measure_concatenated(settings, output, quick=quick, restart=restart), tables, output, as_json)
+
+
+@benchmark.command("quality")
+def benchmark_quality(
+    system: Systems = None,
+    objective: Annotated[
+        str | None, typer.Option(help="Objectives, with commas: mlm, clm.", show_default="both")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="What is equal, with commas: steps, time.", show_default="both")
+    ] = None,
+    input: Proteins = None,
+    labels: Labels = None,
+    steps: Steps = None,
+    trial_steps: Annotated[int | None, typer.Option(min=1, help="Steps of a trial.", show_default="1200")] = None,
+    learning_rate: Annotated[
+        str | None,
+        typer.Option(help="Learning rates that each system tries, with commas.", show_default="0.001,0.002,0.004"),
+    ] = None,
+    seeds: Seeds = None,
+    context: Context = None,
+    batch_size: BatchSize = None,
+    heads: Heads = None,
+    layers: Layers = None,
+    d_ff: FeedForward = None,
+    d: Width = None,
+    score_proteins: ScoreProteins = None,
+    output: Annotated[str, _folder("quality")] = "benchmark-quality",
+    restart: Restart = False,
+    quick: Quick = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Accuracy of every system in the same model, at equal steps and equal time, and what it says of the paper's order.
+
+    Example: performers benchmark quality --system transformer,performer-relu,reformer --objective mlm
+    """
+    from performers.benchmarks.quality import QualitySettings, measure_quality, tables
+    from performers.training.distributed import choose_device
+
+    settings = QualitySettings.of_size(
+        quick,
+        systems=listed(system),
+        objectives=listed(objective),
+        budgets=listed(budget),
+        sources=input,
+        labels=labels,
+        steps=steps,
+        trial_steps=trial_steps,
+        learning_rates=numbers("--learning-rate", learning_rate, float),
+        seeds=numbers("--seeds", seeds),
+        context=context,
+        batch_size=batch_size,
+        heads=heads,
+        layers=layers,
+        d_ff=d_ff,
+        d=d,
+        score_proteins=score_proteins,
+        device=str(choose_device(device)),
+        dtype=dtype,
+        threads=threads,
+        seed=seed,
+    )
+    _print_report(measure_quality(settings, output, quick=quick, restart=restart), tables, output, as_json)
+
+
+@benchmark.command("context")
+def benchmark_context(
+    model: Annotated[
+        str | None, typer.Option(help="A masked model folder, or a run folder.", show_default="one is trained")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="What is trained.", show_default="performer-relu")] = None,
+    window: Annotated[
+        str | None, typer.Option(help="Windows in tokens, with commas.", show_default="512,1024,2048")
+    ] = None,
+    longer_than: Annotated[
+        int | None, typer.Option(min=1, help="Residues; shorter proteins are left out.", show_default="1022")
+    ] = None,
+    proteins: Annotated[int | None, typer.Option(min=1, help="At most so many are read.", show_default="200")] = None,
+    input: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input", "-i", help="FASTA files to read.", show_default="the held-out sets of the bundled sample"
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps of the training.", show_default="3000")
+    ] = None,
+    context: Annotated[int | None, typer.Option(min=4, help="Tokens in training.", show_default="4096")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Contexts in one step.", show_default="1")] = None,
+    learning_rate: LearningRate = None,
+    output: Annotated[str, _folder("context")] = "benchmark-context",
+    restart: Restart = False,
+    quick: Quick = False,
+    device: Device = "auto",
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """What a model loses when long proteins are cut into windows, and how near the cuts.
+
+    Example: performers benchmark context --model run/model -i proteins.fasta
+    """
+    from performers.benchmarks.context import ContextSettings, measure_context, tables
+    from performers.training.distributed import choose_device
+
+    settings = ContextSettings.of_size(
+        quick,
+        model=model,
+        system=system,
+        windows=numbers("--window", window),
+        longer_than=longer_than,
+        proteins=proteins,
+        sources=input,
+        steps=steps,
+        context=context,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        device=str(choose_device(device)),
+        threads=threads,
+        seed=seed,
+    )
+    _print_report(measure_context(settings, output, quick=quick, restart=restart), tables, output, as_json)
+
+
+@benchmark.command("redraw")
+def benchmark_redraw(
+    redraw_every: Annotated[
+        str | None,
+        typer.Option(help="Steps between redraws, with commas; 0, never, among them.", show_default="0,100,1000"),
+    ] = None,
+    objective: Annotated[Literal["mlm", "clm"], typer.Option(help="Masked or causal.")] = "mlm",
+    input: Proteins = None,
+    labels: Labels = None,
+    steps: Steps = None,
+    learning_rate: LearningRate = None,
+    seeds: Seeds = None,
+    context: Context = None,
+    batch_size: BatchSize = None,
+    heads: Heads = None,
+    layers: Layers = None,
+    d_ff: FeedForward = None,
+    d: Width = None,
+    score_proteins: ScoreProteins = None,
+    output: Annotated[str, _folder("redraw")] = "benchmark-redraw",
+    restart: Restart = False,
+    quick: Quick = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Training softmax Performers with features that are redrawn, and with the first ones kept.
+
+    Example: performers benchmark redraw --redraw-every 0,100 --seeds 1,2,3,4,5
+    """
+    from performers.benchmarks.redraw import RedrawSettings, measure_redraw, tables
+    from performers.training.distributed import choose_device
+
+    settings = RedrawSettings.of_size(
+        quick,
+        intervals=numbers("--redraw-every", redraw_every),
+        objective=objective,
+        sources=input,
+        labels=labels,
+        steps=steps,
+        learning_rate=learning_rate,
+        seeds=numbers("--seeds", seeds),
+        context=context,
+        batch_size=batch_size,
+        heads=heads,
+        layers=layers,
+        d_ff=d_ff,
+        d=d,
+        score_proteins=score_proteins,
+        device=str(choose_device(device)),
+        dtype=dtype,
+        threads=threads,
+        seed=seed,
+    )
+    _print_report(measure_redraw(settings, output, quick=quick, restart=restart), tables, output, as_json)
+
+
+@benchmark.command("recall")
+def benchmark_recall(
+    system: Systems = None,
+    length: Annotated[
+        str | None, typer.Option(help="Lengths in tokens, with commas.", show_default="128 to 65536")
+    ] = None,
+    first_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps at the shortest length, at most.", show_default="1500")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps at each longer one, at most.", show_default="300")
+    ] = None,
+    batch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens in one step.", show_default="16384")] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Learning rate.", show_default="0.003")] = None,
+    output: Annotated[str, _folder("recall")] = "benchmark-recall",
+    restart: Restart = False,
+    max_minutes: MaxMinutes = None,
+    quick: Quick = False,
+    device: Device = "auto",
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Associative recall over up to 65,536 tokens, which no model with a local view can solve.
+
+    Example: performers benchmark recall --system transformer,performer-relu,local --length 128,512,4096
+    """
+    from performers.benchmarks.recall import RecallSettings, measure_recall, tables
+    from performers.training.distributed import choose_device
+
+    settings = RecallSettings.of_size(
+        quick,
+        systems=listed(system),
+        lengths=numbers("--length", length),
+        first_steps=first_steps,
+        steps=steps,
+        batch_tokens=batch_tokens,
+        learning_rate=learning_rate,
+        device=str(choose_device(device)),
+        threads=threads,
+        seed=seed,
+        max_minutes=max_minutes,
+    )
+    _print_report(measure_recall(settings, output, quick=quick, restart=restart), tables, output, as_json)
 
 
 def _print_report(

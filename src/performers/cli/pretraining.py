@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
@@ -23,48 +21,15 @@ from performers.cli.application import (
     Seed,
     Threads,
     app,
+    options_of,
     table,
 )
 from performers.errors import ConfigError, InputError
 from performers.training.configuration import PretrainConfig, read_config
 
 
-def _pretrain_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command an option for every key of `PretrainConfig`, so that the two cannot come apart."""
-    parameters = [
-        parameter
-        for parameter in inspect.signature(command, eval_str=True).parameters.values()
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
-    for key, field in PretrainConfig.model_fields.items():
-        flags = [f"--{key.replace('_', '-')}"]
-        kind: Any = field.annotation
-        if type(None) in get_args(kind):
-            kind = next(part for part in get_args(kind) if part is not type(None))
-        if get_origin(kind) is Annotated:
-            kind = get_args(kind)[0]
-        if get_origin(kind) is dict:
-            kind = list[str]
-        if kind is bool:
-            flags = [f"{flags[0]}/--no-{flags[0][2:]}"]
-        if key in ("input", "output"):
-            flags.append(f"-{key[0]}")
-        default = field.get_default()
-        plain = field.is_required() or default in (None, [], {}, False)
-        option = typer.Option(
-            *flags,
-            help=field.description if plain else f"{field.description} [{default}]",
-            metavar="<str>, repeatable" if get_origin(kind) is list else None,
-        )
-        annotation = Annotated[kind | None, option]
-        parameters.append(inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
-    command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return command
-
-
 @app.command()
-@_pretrain_options
+@options_of(PretrainConfig)
 def pretrain(
     *,
     config: Annotated[

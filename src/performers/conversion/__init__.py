@@ -7,15 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from performers.conversion.cache import state_cache
+    from performers.conversion.calibration import Calibration, calibrate
+    from performers.conversion.distillation import distil
     from performers.conversion.swap import convert, load
 
 _HOME = {
+    "Calibration": "performers.conversion.calibration",
+    "calibrate": "performers.conversion.calibration",
     "convert": "performers.conversion.swap",
+    "distil": "performers.conversion.distillation",
     "load": "performers.conversion.swap",
     "state_cache": "performers.conversion.cache",
 }
 
-__all__ = ["convert", "load", "state_cache"]
+__all__ = ["Calibration", "calibrate", "convert", "distil", "load", "state_cache"]
 
 
 def __getattr__(name: str) -> Any:

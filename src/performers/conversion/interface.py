@@ -3,15 +3,20 @@
 A model calls its attention function with queries, keys, values and whatever a mask function of the same name made of its masks.
 Ours makes a padding mask of two dimensions, or the segments of packed sequences; what linear attention cannot express is refused
 in words. Nothing is stored on a model but plain Python attributes, so its state_dict stays what it was: what a mechanism needs
-to be drawn again is in the configuration, `config.performers`, which every `save_pretrained` writes.
+to be made again is in the configuration, `config.performers`, and in a file beside it, both of which every `save_pretrained`
+writes, whichever way the model was opened.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +32,8 @@ from transformers.masking_utils import (
 )
 
 from performers.attention import MECHANISMS, exact_attention
+from performers.conversion import saving
+from performers.conversion.saving import LayerTensors
 from performers.conversion.specification import Specification
 from performers.errors import UnsupportedError
 
@@ -34,6 +41,7 @@ NAMES = ("favor", "reformer", "sparse")
 
 _MECHANISM = "_performers_mechanism"  # on an attention module: its mechanism, not registered as a submodule
 LAYER = "_performers_layer"  # on an attention module: its number, where `convert` has counted
+_TENSORS = "_performers_tensors"  # on an attention module: what of its mechanism is not drawn
 CACHE = "_performers_cache"  # on a tensor of keys: the cache layer that handed it out
 
 
@@ -114,32 +122,33 @@ def _number(module: nn.Module, specification: Specification) -> int:
     for once among the callers.
     """
     if LAYER not in module.__dict__:
-        model: nn.Module = module
+        model: Any = module
         frame = sys._getframe()
         while (frame := frame.f_back) is not None:
             caller = frame.f_locals.get("self")
             if isinstance(caller, PreTrainedModel):
                 model = caller
-        number_modules(specification.numbered(model, module))
+        number_modules(specification.numbered(model, module), saving.read_tensors(model.config, specification))
         module.__dict__.setdefault(LAYER, 0)
     return module.__dict__[LAYER]
 
 
-def number_modules(numbered: dict[int, nn.Module]) -> None:
-    """Tell attention modules their numbers, and to draw their mechanisms anew."""
+def number_modules(numbered: dict[int, nn.Module], tensors: LayerTensors) -> None:
+    """Tell attention modules their numbers, and to make their mechanisms anew, with these tensors."""
     for number, module in numbered.items():
         module.__dict__[LAYER] = number
+        module.__dict__[_TENSORS] = tensors.get(number, {})
         module.__dict__.pop(_MECHANISM, None)
 
 
 def forget(module: nn.Module) -> None:
-    """Take the number and the mechanism from an attention module."""
-    module.__dict__.pop(LAYER, None)
-    module.__dict__.pop(_MECHANISM, None)
+    """Take everything of ours from an attention module."""
+    for name in (LAYER, _TENSORS, _MECHANISM):
+        module.__dict__.pop(name, None)
 
 
 def _mechanism(module: nn.Module, name: str, query: Tensor) -> Callable[..., Any]:
-    """What an attention module computes; drawn on first use, from the configuration and the number of the layer alone."""
+    """What an attention module computes; made on first use, from the configuration, the number of the layer and its tensors."""
     device, wanted = query.device, (name, query.shape[-1])
     found = module.__dict__.get(_MECHANISM)
     if found is None or found[0] != wanted:
@@ -148,7 +157,8 @@ def _mechanism(module: nn.Module, name: str, query: Tensor) -> Callable[..., Any
         if not specification.converts(number):
             found = (wanted, exact_attention, None)
         else:
-            found = (wanted, specification.mechanism(query.shape[-1], number).to(device), device)
+            made = specification.mechanism(query.shape[-1], number, module.__dict__.get(_TENSORS))
+            found = (wanted, made.to(device), device)
         module.__dict__[_MECHANISM] = found
     elif found[2] is not None and found[2] != device:
         found = (wanted, found[1].to(device), device)
@@ -156,17 +166,64 @@ def _mechanism(module: nn.Module, name: str, query: Tensor) -> Callable[..., Any
     return found[1]
 
 
-_listeners: list[list[nn.Module]] = []
+def layer_tensors(model: PreTrainedModel, specification: Specification) -> LayerTensors:
+    """What of a converted model's mechanisms cannot be drawn again, by the number of the layer."""
+    numbered = specification.numbered(model)
+    if any(LAYER not in module.__dict__ for module in numbered.values()):
+        number_modules(numbered, saving.read_tensors(model.config, specification))
+    tensors: LayerTensors = {}
+    for number, module in numbered.items():
+        _, mechanism, device = module.__dict__.get(_MECHANISM, (None, None, None))
+        if device is None:  # not made yet, or exact
+            own = module.__dict__.get(_TENSORS, {})
+        else:
+            head_dim = module.__dict__[_MECHANISM][0][1]
+            own = specification.not_drawn(mechanism, head_dim, number)
+        if own:
+            tensors[number] = own
+    return tensors
+
+
+def mechanism_of(module: nn.Module) -> nn.Module | None:
+    """The mechanism of a converted attention module that has been called; None of an exact one."""
+    found = module.__dict__.get(_MECHANISM)
+    return None if found is None or found[2] is None else found[1]
+
+
+class Call(NamedTuple):
+    """One call of an attention module, as a listener gets it.
+
+    Attributes:
+        module: the attention module.
+        query, key, value: as the mechanism got them: (B, H, L, D), or (1, H, B * L, D) where sequences are packed.
+        arguments: the mechanism's other arguments.
+        out: what it gave, (B, H, L, Dv).
+    """
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    arguments: dict[str, Any]
+    out: Tensor
+
+    @property
+    def number(self) -> int:
+        """The number of the module."""
+        return self.module.__dict__[LAYER]
+
+
+_listeners: list[Callable[[Call], None]] = []
 
 
 @contextmanager
-def listening(called: list[nn.Module]) -> Iterator[None]:
-    """While this is open, every attention module goes to the list whenever it is called."""
-    _listeners.append(called)
+def listening(listener: Callable[[Call], None]) -> Iterator[None]:
+    """While this is open, the listener gets every call of an attention module."""
+    _listeners.append(listener)
     try:
         yield
     finally:
-        _listeners.remove(called)
+        _listeners.remove(listener)
 
 
 def _check(
@@ -214,8 +271,6 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Attention as Hugging Face calls it: (B, H, L, D) in, (B, L, H, D) out, and no weights."""
     if _listeners:
-        for called in _listeners:
-            called.append(module)
         dropout = 0.0  # not yet converted
     _check(module, name, attention_mask, dropout, kwargs, key.shape[2])
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
@@ -232,6 +287,8 @@ def _attend(
         out, cache.state = mechanism(query, key, value, state=cache.state, return_state=True, **arguments)
     else:
         out = mechanism(query, key, value, **arguments)
+    for listener in _listeners:
+        listener(Call(module, query, key, value, arguments, out))
     out = out.transpose(1, 2)
     return out.reshape(shape[0], shape[2], *out.shape[2:]), None
 
@@ -265,6 +322,39 @@ def _function(name: str) -> Callable[..., tuple[Tensor, None]]:
     attention.__name__ = f"{name}_attention_forward"
     return attention
 
+
+_save_pretrained = PreTrainedModel.save_pretrained
+
+
+@functools.wraps(_save_pretrained)
+def _save_all(
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    *rest: Any,
+    **kwargs: Any,
+) -> None:
+    specification = Specification.stored_in(model.config)
+    if specification is None:
+        return _save_pretrained(model, save_directory, is_main_process, *rest, **kwargs)
+    if kwargs.get("push_to_hub"):
+        raise UnsupportedError(
+            "save_pretrained(push_to_hub=True) would leave out what belongs to the converted attention: use "
+            "model.push_to_hub(name)."
+        )
+    folder = Path(save_directory)
+    packed = saving.pack(layer_tensors(model, specification))
+    specification = replace(specification, tensors=None if packed is None else packed[1])
+    model.config.performers = specification.to_json()
+    if packed is not None and is_main_process:
+        saving.write_tensors(folder, packed[0])
+    _save_pretrained(model, save_directory, is_main_process, *rest, **kwargs)
+    if is_main_process and (folder / "config.json").is_file():  # of adapters alone there is none
+        saving.write_readme(folder, type(model).__name__, specification)
+
+
+# A model opened by a stock class has no other place that could know of the file beside its weights.
+PreTrainedModel.save_pretrained = _save_all  # pyright: ignore[reportAttributeAccessIssue]
 
 for _name in NAMES:
     assert _name in MECHANISMS

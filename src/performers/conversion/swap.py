@@ -1,235 +1,163 @@
-"""Swapping the attention of a pretrained model, in place, and back."""
+"""Swapping the attention of a pretrained model, in place, and back; and opening what was saved."""
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from types import MethodType
-from typing import Any
+from typing import Any, TypeVar, cast
 
-import torch
-import transformers
-from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel
 
-from performers.conversion import interface
-from performers.conversion.cache import state_cache
+from performers.conversion import interface, multihead, saving
+from performers.conversion.calibration import choose_layers, error_bound, fit_tensors
+from performers.conversion.measurement import (
+    Sequence_,
+    batch_of,
+    halves,
+    longest_input,
+    outcome,
+    random_ids,
+    relative_error,
+    token_ids,
+)
 from performers.conversion.specification import Specification
-from performers.errors import CheckpointError, InputError, UnsupportedError
+from performers.conversion.wiring import apply, attention_modules, layer_numbers, open_model, restore, run
+from performers.errors import InputError
 
 _log = logging.getLogger(__name__)
 
-# Under which names Hugging Face's modules and configurations keep the probability to drop an attention weight.
-_DROPOUTS = (
-    "attention_dropout",
-    "attn_dropout",
-    "attention_probs_dropout_prob",
-    "attn_pdrop",
-    "dropout",
-    "dropout_prob",
-)
-_CONFIG_DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
+# Tokens to measure on where no sequences are given.
+_RANDOM_TOKENS = 64
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def convert(
-    model: PreTrainedModel | str | Path,
+    model: Model | str | Path,
     attention: str = "favor",
     *,
-    layers: list[int] | None = None,
+    layers: list[int] | str | None = None,
+    sequences: Iterable[Sequence_] | None = None,
+    tokenizer: Any = None,
+    architecture: str | None = None,
     seed: int = 0,
     **arguments: Any,
-) -> PreTrainedModel:
-    """Replace the attention of a Hugging Face model, in place.
+) -> Model:
+    """Replace the attention of a model, in place.
 
     Arguments:
-        model: a model, or the folder of one.
+        model: a Hugging Face model, the folder of one, or any module with `nn.MultiheadAttention` in it.
         attention: "favor", "reformer" or "sparse"; "exact" puts the model's own back.
         layers: the numbers of the attention modules to replace, in the order of `model.modules()`, negative ones from the end;
-            None for all.
+            None for all; "auto:0.05" for as many as keep the relative error of the last hidden states under 0.05 on
+            `sequences`, those first that do the least harm (the figures are kept in `config.performers["measured"]`).
+        sequences: a handful, strings or lists of token ids, of a Hugging Face model. Kernels that fit queries and keys
+            ("softmax-prototypes", "softmax-sharp", "softmax-optimal") are fitted to half of them; errors are measured on the
+            other half.
+        tokenizer: for strings; None takes the one in the model's folder.
+        architecture: the class of a model that is opened from a folder, where config.json names none that is known.
         seed: of the random projections.
         arguments: of the mechanism, as in kernel="softmax-sharp", num_features=256.
 
     Returns:
-        The model. Its configuration says what was done (`config.performers`), so `save_pretrained` keeps it, and
-        `performers.load(folder)`, or any stock class with `attn_implementation` of the same name, opens it to the same numbers.
+        The model. The configuration of a Hugging Face model says what was done (`config.performers`), so `save_pretrained`
+        keeps it, and `performers.load(folder)`, or any stock class with `attn_implementation` of the same name, opens it to
+        the same numbers.
 
     Raises:
         InputError: an argument that is not valid.
         UnsupportedError: the model's attention cannot be replaced; the message names the model and the feature.
     """
-    if not isinstance(model, PreTrainedModel):
-        model = _open(Path(model))
-    if attention == "exact":
-        return _restore(model)
-    if attention not in interface.NAMES:
+    opened: Any = open_model(model, architecture) if isinstance(model, (str, Path)) else model
+    if attention not in (*interface.NAMES, "exact"):
         known = ", ".join(map(repr, (*interface.NAMES, "exact")))
         raise InputError(f"attention={attention!r} is not known: expected one of {known}.")
-    if not model._can_set_attn_implementation():
-        raise UnsupportedError(
-            f"{type(model).__name__}: its attention is written into its layers, where Hugging Face lets nothing else in "
-            f"(no AttentionInterface), so it cannot be replaced."
+    if not isinstance(opened, PreTrainedModel):
+        if sequences is not None or isinstance(layers, str):
+            raise InputError(
+                f"{type(opened).__name__} is no model of Hugging Face: nothing can be measured on sequences."
+            )
+        multihead.convert(opened, attention, layers, seed, arguments)
+    elif attention == "exact":
+        restore(opened)
+    else:
+        _convert(opened, attention, layers, sequences, tokenizer, seed, arguments)
+    return cast("Model", opened)
+
+
+def _convert(
+    model: PreTrainedModel,
+    attention: str,
+    layers: list[int] | str | None,
+    sequences: Iterable[Sequence_] | None,
+    tokenizer: Any,
+    seed: int,
+    arguments: dict[str, Any],
+) -> None:
+    bound = error_bound(layers)
+    if bound is not None and sequences is None:
+        raise InputError(f"layers={layers!r} is chosen by measuring: give some sequences to measure on.")
+    Specification(attention, arguments).mechanism(16, 0)  # refuses arguments that the mechanism does not know
+    if sequences is None and arguments.get("kernel") == "softmax-prototypes":
+        raise InputError(
+            "kernel='softmax-prototypes' is made of the model's own queries: give some sequences to fit it to."
         )
     modules = attention_modules(model)
-    numbers, classes = _numbers(layers, len(modules)), sorted({type(module).__name__ for module in modules})
+    numbers = None if isinstance(layers, str) else layer_numbers(layers, len(modules))
+    classes = sorted({type(module).__name__ for module in modules})
     specification = Specification(attention, arguments, numbers, classes, seed)
-    specification.mechanism(16, 0)  # refuses arguments that the mechanism does not know
-    _apply(model, modules, specification)
-    _run(model)
-    return model
-
-
-def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that call an attention function, in the order of `model.modules()`.
-
-    Raises:
-        UnsupportedError: some of the model's layers do not call one.
-    """
-    called: list[nn.Module] = []
-    with _listening(model, called):
-        _run(model)
-    expected = _number_of_attentions(model)
-    if len(called) < expected:
-        raise UnsupportedError(
-            f"{type(model).__name__}: {len(called)} of its {expected} attention layers go through Hugging Face's "
-            f"AttentionInterface; the others would escape the conversion."
-        )
-    return [module for module in model.modules() if any(module is other for other in called)]
-
-
-@contextmanager
-def _listening(model: PreTrainedModel, called: list[nn.Module]) -> Iterator[None]:
-    before = str(model.config._attn_implementation)
-    try:
-        model.set_attn_implementation("favor")
-        with interface.listening(called):
-            yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-def _number_of_attentions(model: PreTrainedModel) -> int:
-    config = model.config.get_text_config()
-    if getattr(config, "is_encoder_decoder", False):
-        return getattr(config, "encoder_layers", 0) + 2 * getattr(config, "decoder_layers", 0)
-    return getattr(config, "num_hidden_layers", 1)
-
-
-@torch.no_grad()
-def _run(model: PreTrainedModel) -> None:
-    """One forward pass over anything, in training mode, where dropout shows."""
-    inputs = _anything(model)
-    was_training = model.training
-    with torch.random.fork_rng(devices=[]):
-        try:
-            model.train()(**inputs)
-        finally:
-            model.train(was_training)
-
-
-def _anything(model: PreTrainedModel) -> dict[str, Tensor]:
-    config = model.config
-    if model.main_input_name == "pixel_values":
-        vision = getattr(config, "vision_config", config)
-        size = vision.image_size if isinstance(vision.image_size, (list, tuple)) else [vision.image_size] * 2
-        return {"pixel_values": torch.zeros(1, getattr(vision, "num_channels", 3), *size, device=model.device)}
-    ids = torch.full((1, 8), min(5, config.get_text_config().vocab_size - 1), device=model.device)
-    inputs = {"input_ids": ids}
-    if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids
-    return inputs
-
-
-def _numbers(layers: list[int] | None, count: int) -> list[int] | None:
-    if layers is None:
-        return None
-    for layer in layers:
-        if isinstance(layer, bool) or not isinstance(layer, int) or not -count <= layer < count:
-            raise InputError(f"layers: {layer!r} is not the number of one of the {count} attention layers.")
-    return sorted({layer % count for layer in layers})
-
-
-def _apply(model: PreTrainedModel, modules: list[nn.Module], specification: Specification) -> None:
-    dropped = False
-    interface.number_modules(dict(enumerate(modules)))
-    for module in modules:
-        dropped |= _without_dropout(module)
-    for config in {id(module.config): module.config for module in [model, *modules]}.values():
-        config.performers = specification.to_json()
-        for name in _CONFIG_DROPOUTS:
-            if getattr(config, name, 0.0):
-                setattr(config, name, 0.0)
-                dropped = True
-    if dropped:
+    specification.to_json()  # refuses what a file cannot hold
+    tensors, judge_on = {}, None
+    if sequences is not None:
+        ids = token_ids(model, sequences, tokenizer, at_most=longest_input(model))
+        fit_to, judge_on = (batch_of(model, half) for half in halves(ids))
+        tensors = fit_tensors(model, modules, specification, fit_to)
+    if bound is not None and judge_on is not None:
+        specification = choose_layers(model, modules, specification, tensors, judge_on, bound)
+        if not specification.layers:
+            _log.warning(
+                "%s: no layer can be converted with an error under %g: all of them stay exact.",
+                type(model).__name__,
+                bound,
+            )
+    apply(model, modules, specification, tensors)
+    run(model)
+    features = [getattr(interface.mechanism_of(module), "features", None) for module in modules]
+    few = next((f for f in features if f is not None and f.num_features < f.head_dim), None)
+    if few is not None and model.main_input_name == "input_ids":
+        what = "the sequences"
+        if judge_on is None:
+            what, judge_on = "random tokens", batch_of(model, [random_ids(model, _shortest(model), seed)])
+        apply(model, modules, replace(specification, layers=[]), tensors)
+        exact = outcome(model, judge_on)
+        apply(model, modules, specification, tensors)
+        error = relative_error(outcome(model, judge_on).hidden[-1], exact.hidden[-1], exact.real)
         _log.warning(
-            "%s: attention dropout is set to 0: linear attention has no weights to drop.", type(model).__name__
+            "%s: num_features=%d is less than the head size, %d: on %s the last hidden states are off by %.0f %%.",
+            type(model).__name__,
+            few.num_features,
+            few.head_dim,
+            what,
+            100 * error,
         )
-    model.set_attn_implementation(specification.attention)
-    if model.can_generate() and not getattr(model.config, "is_encoder_decoder", False) and specification.layers is None:
-        model.__dict__["_prepare_cache_for_generation"] = MethodType(_with_state_cache, model)
 
 
-def _without_dropout(module: nn.Module) -> bool:
-    found = False
-    for name in _DROPOUTS:
-        value = getattr(module, name, None)
-        if isinstance(value, nn.Dropout) and value.p:
-            value.p, found = 0.0, True
-        elif isinstance(value, float) and value:
-            setattr(module, name, 0.0)
-            found = True
-    return found
-
-
-def _with_state_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *arguments: Any) -> None:
-    """In place of Hugging Face's method of this name: a cache of constant size, unless another one is asked for."""
-    asked = model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation is not None
-    if not asked and generation_config.use_cache is not False:
-        model_kwargs["past_key_values"] = state_cache(model.config.get_text_config(decoder=True).num_hidden_layers)
-    type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *arguments)
-
-
-def _restore(model: PreTrainedModel) -> PreTrainedModel:
-    for module in model.modules():
-        interface.forget(module)
-        config: Any = getattr(module, "config", None)
-        if hasattr(config, "performers"):
-            del config.performers
-    model.__dict__.pop("_prepare_cache_for_generation", None)
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-    return model
+def _shortest(model: PreTrainedModel) -> int:
+    return min(_RANDOM_TOKENS, longest_input(model) or _RANDOM_TOKENS)
 
 
 def load(folder: str | Path) -> PreTrainedModel:
     """Open a Performer, or a converted model, as what it was saved as.
 
     Raises:
-        CheckpointError: the folder holds no model.
+        CheckpointError: the folder holds no model, or what belongs to it is missing or damaged.
     """
-    path = Path(folder)
-    model = _open(path)
-    stored = getattr(model.config, "performers", None)
-    if stored is None:
-        return model
-    specification = Specification.of(model.config, stored["attention"])
-    _apply(model, attention_modules(model), specification)
+    model = open_model(folder)
+    specification = Specification.stored_in(model.config)
+    if specification is not None:
+        tensors = saving.read_tensors(model.config, specification)
+        apply(model, attention_modules(model), specification, tensors)
     return model
-
-
-def _open(path: Path) -> PreTrainedModel:
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path}: there is no model in this folder (no config.json).")
-    try:
-        architectures = json.loads((path / "config.json").read_text()).get("architectures") or []
-    except ValueError as error:
-        raise CheckpointError(f"{path / 'config.json'}: not valid JSON ({error}).") from error
-    config = AutoConfig.from_pretrained(path)
-    import performers.models as models
-
-    for name in architectures:
-        cls = getattr(models, name, None) or getattr(transformers, name, None)
-        if cls is not None:
-            return cls.from_pretrained(path, config=config).eval()
-    return transformers.AutoModel.from_pretrained(path, config=config).eval()

@@ -169,12 +169,12 @@ def read_fasta(
     sources = [source] if isinstance(source, str | os.PathLike) else list(source)
     if not sources:
         raise FastaError("No FASTA file was given; expected at least one.")
-    readers = [_Reader(one, max_length, on_invalid, report) for one in sources]
+    readers = [FastaReader(one, max_length, on_invalid, report) for one in sources]
     return (record for reader in readers for record in reader)
 
 
-class _Reader:
-    """The records of one source."""
+class FastaReader:
+    """The records of one source. Other readers of the same files override what they judge differently."""
 
     def __init__(self, source: Source, max_length: int, on_invalid: OnInvalid, report: FastaReport | None) -> None:
         self.path = locate(os.fspath(source))
@@ -290,7 +290,7 @@ class _Reader:
                 pending = pending.lstrip(_WHITESPACE)
                 if not pending:
                     continue
-                self._check_start(pending)
+                self.check_start(pending)
                 searched = 0
             boundary = pending.rfind(b"\n>", searched)
             if boundary >= 0:
@@ -306,7 +306,8 @@ class _Reader:
             )
         yield bytes(pending)
 
-    def _check_start(self, text: bytearray) -> None:
+    def check_start(self, text: bytearray) -> None:
+        """Refuses text that is not FASTA by its first bytes."""
         if text.startswith(b">"):
             return
         found = f"found {_shown(text[:20].decode('utf-8', 'replace'))} at its start"
@@ -339,7 +340,7 @@ class _Reader:
             self.number += 1
             header, sequence = raw.id, raw.seq
             if sequence.encode("utf-8").translate(None, _VALID_BYTES):
-                cleaned = self._clean(header, sequence)
+                cleaned = self.clean(header, sequence)
                 if cleaned is None:
                     continue
                 sequence = cleaned
@@ -354,7 +355,7 @@ class _Reader:
             words = header.split(maxsplit=1)
             yield Record(words[0] if words else "", words[1] if len(words) > 1 else "", sequence, self.number)
 
-    def _clean(self, header: str, sequence: str) -> str | None:
+    def clean(self, header: str, sequence: str) -> str | None:
         """Without spaces, in upper case, and with `on_invalid` applied; None if the record is to be left out."""
         encoded = sequence.encode("utf-8").translate(None, _WHITESPACE)
         upper = encoded.translate(_TO_UPPER)

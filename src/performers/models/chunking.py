@@ -5,7 +5,7 @@ is M x (D + 1) numbers a head) sees the other tokens through the state alone. So
 chunk, and a bidirectional one first absorbs all chunks and then reads the state for each. The backward pass runs every chunk
 again from the state before it, in reverse where states were carried, as in SLiM Performer (2012.11346, section 3).
 
-A state is a dataclass of tensors.
+A state is a dataclass of tensors, or of such states.
 """
 
 from __future__ import annotations
@@ -26,15 +26,20 @@ Gradients = Sequence[Tensor | None]
 
 
 def state_tensors(state: Any) -> tuple[Tensor, ...]:
-    """What a state is made of; nothing before the first token."""
-    return () if state is None else tuple(getattr(state, field.name) for field in dataclasses.fields(state))
+    """The tensors of a state that gradients reach; none before the first token."""
+    if isinstance(state, Tensor):
+        return (state,) if state.is_floating_point() else ()
+    parts = () if state is None else (getattr(state, field.name) for field in dataclasses.fields(state))
+    return tuple(tensor for part in parts for tensor in state_tensors(part))
 
 
 def detached(state: Any) -> Any:
     """The same numbers as the beginning of a new graph, in which their gradients can be asked for."""
-    return (
-        None if state is None else type(state)(*(tensor.detach().requires_grad_() for tensor in state_tensors(state)))
-    )
+    if isinstance(state, Tensor):
+        return state.detach().requires_grad_(state.is_floating_point())
+    if state is None:
+        return None
+    return type(state)(*(detached(getattr(state, field.name)) for field in dataclasses.fields(state)))
 
 
 def with_gradients(outputs: Sequence[Tensor], gradients: Gradients) -> tuple[list[Tensor], list[Tensor]]:
@@ -101,14 +106,13 @@ class _LayerInChunks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, chunks: _Chunks, hidden: Tensor, *parameters: Tensor) -> Tensor:
-        kind = hidden.device.type
         ctx.chunks = chunks
-        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        ctx.precision = precision_of(hidden)
         ctx.save_for_backward(hidden)
         ctx.states = [None]  # before each chunk, and after the last
         out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         slices = chunks.slices(hidden.shape[1])
-        with _precision(ctx.autocast) as cast:
+        with precision(ctx.precision) as cast:
             if chunks.layer.attention.is_causal:
                 for rows in slices:
                     out[:, rows], state = chunks.advance(rows, cast(hidden[:, rows]), ctx.states[-1])
@@ -129,8 +133,8 @@ class _LayerInChunks(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         slices = chunks.slices(hidden.shape[1])
         d_state: Gradients = [None] * len(state_tensors(ctx.states[-1]))
-        replay = _Replay(chunks.parameters)
-        with torch.enable_grad(), _precision(ctx.autocast) as cast:
+        replay = Replay(chunks.parameters)
+        with torch.enable_grad(), precision(ctx.precision) as cast:
             if not chunks.layer.attention.is_causal:
                 after = detached(ctx.states[-1])
                 for rows in slices:
@@ -154,7 +158,7 @@ class _LayerInChunks(torch.autograd.Function):
         return None, d_hidden, *replay.parameter_gradients()
 
 
-class _Replay:
+class Replay:
     """Gradients of one chunk after the other; those of the parameters are added up, in float32 at least."""
 
     def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
@@ -188,8 +192,17 @@ def _sum(total: Tensor | None, addend: Tensor | None) -> Tensor | None:
     return total + addend
 
 
+Precision = tuple[str, torch.dtype, bool]
+
+
+def precision_of(hidden: Tensor) -> Precision:
+    """How autocast stands on the device of `hidden`."""
+    kind = hidden.device.type
+    return kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+
+
 @contextlib.contextmanager
-def _precision(autocast: tuple[str, torch.dtype, bool]) -> Iterator[Callable[[Tensor], Tensor]]:
+def precision(autocast: Precision) -> Iterator[Callable[[Tensor], Tensor]]:
     """Autocast as it was in the forward pass, and what brings a chunk of the kept hidden states to the layer's precision."""
     kind, dtype, enabled = autocast
     with torch.autocast(kind, dtype=dtype, enabled=enabled):

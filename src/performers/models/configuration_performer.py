@@ -22,7 +22,12 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 # Where a Performer departs from the defaults of its mechanism: ReLU features are the paper's best on proteins.
-DEFAULT_KWARGS: dict[str, dict[str, JsonValue]] = {"favor": {"kernel": "relu"}}
+DEFAULT_KWARGS: dict[str, dict[str, JsonValue]] = {
+    "favor": {"kernel": "relu"},
+    "split": {"first": "local", "second": "favor"},
+}
+
+_HALVES = ("first", "second")  # of a split
 
 # Keys that Hugging Face itself writes into a config.json or passes to a configuration, besides some that start with "_".
 GENERIC_KEYS = {
@@ -50,9 +55,12 @@ class PerformerConfig(PreTrainedConfig):
         num_attention_heads: heads per layer; the size of a head, hidden_size / num_attention_heads, must be even (rotary
             positions turn pairs).
         intermediate_size: width inside the feed-forward block.
-        attention: the mechanism of all layers, "favor", "exact", "reformer" or "sparse", or a list of one name per layer.
+        attention: the mechanism of all layers, "favor", "exact", "exact-materialised", "reformer", "sparse", "local" or "split"
+            (two of these, some heads each), or a list of one name per layer.
         attention_kwargs: arguments of the mechanism, as in {"kernel": "relu", "num_features": 256}; with several mechanisms a
             dictionary for each, as in {"favor": {"num_features": 256}, "exact": {}}. FAVOR's kernel is "relu" unless given.
+        reversible: whether layers compute their inputs from their outputs in the backward pass, instead of keeping activations.
+            Another architecture, with two residual streams, and as many weights.
         hidden_dropout_prob: probability to drop an element of the embeddings, of an attention output or of a feed-forward
             output. Attention weights do not exist here, so they are not dropped.
         rope_theta: base of the rotary wavelengths.
@@ -83,6 +91,7 @@ class PerformerConfig(PreTrainedConfig):
     intermediate_size: Count = 2048
     attention: str | list[str] = "favor"
     attention_kwargs: dict[str, JsonValue] = field(default_factory=dict)
+    reversible: bool = False
     hidden_dropout_prob: Probability = 0.0
     rope_theta: Positive = 10_000.0
     layer_norm_eps: Positive = 1e-5
@@ -161,26 +170,56 @@ class PerformerConfig(PreTrainedConfig):
                 raise ConfigError(f"attention={name!r}: expected one of {', '.join(MECHANISMS)}.")
         self._complete_attention_kwargs()
         for name in set(self.mechanisms):
-            accepted = set(inspect.signature(MECHANISMS[name]).parameters) - {"head_dim", "seed"}
-            for key, value in self.kwargs_of(name).items():
-                if key not in accepted:
-                    known = ", ".join(sorted(accepted)) or "none"
-                    raise ConfigError(
-                        f"attention_kwargs has {key}={value!r}: {name!r} attention has no such argument; expected {known}."
-                    )
+            _check_kwargs(name, self.kwargs_of(name), self.num_attention_heads)
 
     def _complete_attention_kwargs(self) -> None:
         """Write the defaults out, so that a saved configuration keeps its meaning if they ever change."""
         given: dict[str, Any] = dict(self.attention_kwargs)
         names = sorted(set(self.mechanisms))
         if len(names) == 1:
-            self.attention_kwargs = {**DEFAULT_KWARGS.get(names[0], {}), **given}
+            self.attention_kwargs = _completed(names[0], given)
         elif given.keys() <= set(names) and all(isinstance(kwargs, dict) for kwargs in given.values()):
-            self.attention_kwargs = {name: {**DEFAULT_KWARGS.get(name, {}), **given.get(name, {})} for name in names}
+            self.attention_kwargs = {name: _completed(name, given.get(name, {})) for name in names}
         else:
             raise ConfigError(
                 f"attention_kwargs={given!r}: with several mechanisms expected a dictionary for each of {', '.join(names)}."
             )
+
+
+def _completed(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a mechanism with its defaults, and those of the halves of a split."""
+    kwargs: dict[str, Any] = {**DEFAULT_KWARGS.get(name, {}), **given}
+    for half in _HALVES if name == "split" else ():
+        nested = kwargs.get(f"{half}_kwargs")
+        if isinstance(kwargs[half], str) and (nested is None or isinstance(nested, dict)):
+            kwargs[f"{half}_kwargs"] = _completed(kwargs[half], nested or {})
+    return kwargs
+
+
+def _check_kwargs(name: str, kwargs: dict[str, Any], heads: int) -> None:
+    accepted = set(inspect.signature(MECHANISMS[name]).parameters) - {"head_dim", "seed"}
+    for key, value in kwargs.items():
+        if key not in accepted:
+            known = ", ".join(sorted(accepted)) or "none"
+            raise ConfigError(
+                f"attention_kwargs has {key}={value!r}: {name!r} attention has no such argument; expected {known}."
+            )
+    if name == "split":
+        first = heads // 2 if kwargs.get("heads") is None else kwargs["heads"]
+        if isinstance(first, bool) or not isinstance(first, int) or not 0 < first < heads:
+            raise ConfigError(
+                f"attention_kwargs has heads={kwargs.get('heads')!r}: with num_attention_heads={heads} a split leaves at least "
+                f"one head to each mechanism."
+            )
+        for half, share in zip(_HALVES, (first, heads - first), strict=True):
+            if not isinstance(kwargs[half], str) or kwargs[half] not in MECHANISMS:
+                raise ConfigError(
+                    f"attention_kwargs has {half}={kwargs[half]!r}: expected one of {', '.join(MECHANISMS)}."
+                )
+            nested = kwargs[f"{half}_kwargs"]
+            if not isinstance(nested, dict):
+                raise ConfigError(f"attention_kwargs has {half}_kwargs={nested!r}: expected a dictionary.")
+            _check_kwargs(kwargs[half], nested, share)
 
 
 def _expected(error: ValidationError) -> str:

@@ -6,7 +6,8 @@ attention, a GELU feed-forward block. What attention computes is not known here:
 
 Memory is linear in the length L with a small constant: nothing of size L x L or L x M (random features) is ever kept. Where a
 sequence is long, whole layers run a chunk of tokens at a time and are recomputed in the backward pass (see `chunking`), so that
-nothing else of length L is kept than a layer's input, nor are the inner vectors of a feed-forward block or the logits.
+nothing else of length L is kept than a layer's input, nor are the inner vectors of a feed-forward block or the logits. A
+reversible model does not keep the layers' inputs either (see `reversible`).
 """
 
 import math
@@ -44,6 +45,7 @@ from performers.attention import MECHANISMS
 from performers.errors import CheckpointError, ConfigError, InputError, UnsupportedError
 from performers.models.chunking import run_in_chunks
 from performers.models.configuration_performer import PerformerConfig
+from performers.models.reversible import Call, Streams, Tape, run_reversibly
 from performers.randomness import derive_seed
 
 IGNORED = -100  # Hugging Face's label of a token that does not count
@@ -312,8 +314,8 @@ class PerformerAttention(nn.Module):
 
     @property
     def has_fixed_state(self) -> bool:
-        """Whether the mechanism can put any number of keys into a state of fixed size, and read it without them."""
-        return self.mechanism.has_fixed_state
+        """Whether a sequence can be read chunk by chunk through a state of fixed size."""
+        return self.mechanism.has_fixed_causal_state if self.is_causal else self.mechanism.has_fixed_state
 
     def absorb(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], key_padding_mask: Tensor | None, state: Any) -> Any:
         """The state after these tokens, given the one before."""
@@ -404,7 +406,7 @@ class PerformerLayer(GradientCheckpointingLayer):
         """The residual stream after this layer, and the state after these tokens, if asked for."""
         normed = self.attention_norm(hidden)
         attended, state = self.attention(normed, rotary, key_padding_mask, cu_seqlens, state, return_state)
-        return self._add(hidden, attended, dropout_keys), state
+        return self._output(hidden, attended, dropout_keys), state
 
     def absorb(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], key_padding_mask: Tensor | None, state: Any) -> Any:
         """The state of a bidirectional layer after these tokens, given the one before."""
@@ -414,11 +416,71 @@ class PerformerLayer(GradientCheckpointingLayer):
         self, hidden: Tensor, rotary: tuple[Tensor, Tensor], state: Any, dropout_keys: DropoutKeys | None
     ) -> Tensor:
         """The residual stream after a bidirectional layer, given the state after all tokens."""
-        return self._add(hidden, self.attention.read(self.attention_norm(hidden), rotary, state), dropout_keys)
+        return self._output(hidden, self.attention.read(self.attention_norm(hidden), rotary, state), dropout_keys)
 
-    def _add(self, hidden: Tensor, attended: Tensor, dropout_keys: DropoutKeys | None) -> Tensor:
+    def fed_forward(self, hidden: Tensor, dropout_keys: DropoutKeys | None) -> Tensor:
+        """What the feed-forward block adds to the residual stream."""
+        return self.feed_forward_dropout(self.feed_forward(hidden), dropout_keys)
+
+    def _output(self, hidden: Tensor, attended: Tensor, dropout_keys: DropoutKeys | None) -> Tensor:
         hidden = hidden + self.attention_dropout(attended, dropout_keys)
-        return hidden + self.feed_forward_dropout(self.feed_forward(hidden), dropout_keys)
+        return hidden + self.fed_forward(hidden, dropout_keys)
+
+
+class ReversibleLayer(PerformerLayer):
+    """The same blocks between two streams, x1 + attention(norm(x2)) and x2 + feed_forward(norm(y1)): see `reversible`.
+
+    What `advance` and `read` give, whole or in chunks, is what attention adds to the first stream.
+    """
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        streams: Streams,
+        rotary: tuple[Tensor, Tensor],
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        past_key_values: PerformerCache | None = None,
+        dropout_keys: DropoutKeys | None = None,
+    ) -> Streams:
+        """The streams after this layer; the layer's state in the cache, if there is one, is moved on."""
+        x1, x2 = streams.first, streams.second
+        if streams.tape is not None:
+            return run_reversibly(Call(self, rotary, key_padding_mask, cu_seqlens, dropout_keys), streams)
+        if past_key_values is not None:
+            past = past_key_values.states[self.layer_idx]
+            attended, past_key_values.states[self.layer_idx] = self.advance(
+                x2.to(self.dtype), rotary, key_padding_mask, dropout_keys, cu_seqlens, past, return_state=True
+            )
+        else:
+            attended = self.attended(x2, rotary, key_padding_mask, cu_seqlens, dropout_keys)
+        y1 = x1 + attended
+        return streams.after(y1, x2 + self.fed_forward(y1, dropout_keys))
+
+    def attended(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        key_padding_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        dropout_keys: DropoutKeys | None,
+    ) -> Tensor:
+        """What attention adds to the first stream, given the second."""
+        hidden = hidden.to(self.dtype)
+        if cu_seqlens is None and self.runs_in_chunks(hidden.shape[1]):
+            return run_in_chunks(self, hidden, rotary, key_padding_mask, dropout_keys)
+        return self.advance(hidden, rotary, key_padding_mask, dropout_keys, cu_seqlens)[0]
+
+    def fed_forward(self, hidden: Tensor, dropout_keys: DropoutKeys | None) -> Tensor:
+        """What the feed-forward block adds to the second stream, given the first."""
+        return super().fed_forward(hidden.to(self.dtype), dropout_keys)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights; the streams are wider where it is of 16 bits."""
+        return self.attention_norm.weight.dtype
+
+    def _output(self, hidden: Tensor, attended: Tensor, dropout_keys: DropoutKeys | None) -> Tensor:
+        return self.attention_dropout(attended, dropout_keys)
 
 
 class PerformerPreTrainedModel(PreTrainedModel):
@@ -428,7 +490,7 @@ class PerformerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "performer"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # Hugging Face's Trainer passes num_items_in_batch
-    _no_split_modules = ["PerformerLayer"]  # noqa: RUF012 (Hugging Face's types)
+    _no_split_modules = ["PerformerLayer", "ReversibleLayer"]  # noqa: RUF012 (Hugging Face's types)
     _keep_in_fp32_modules_strict = ["mechanism"]  # noqa: RUF012 (rounded projections are not orthogonal)
 
     def __init__(self, config: PerformerConfig, **kwargs: Any) -> None:
@@ -517,7 +579,8 @@ class PerformerModel(PerformerPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_dropout = PerformerDropout(config.hidden_dropout_prob, "embeddings")
         self.rotary = PerformerRotary(config)
-        self.layers = nn.ModuleList(PerformerLayer(config, i, is_causal) for i in range(config.num_hidden_layers))
+        layer = ReversibleLayer if config.reversible else PerformerLayer
+        self.layers = nn.ModuleList(layer(config, i, is_causal) for i in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
@@ -569,8 +632,9 @@ class PerformerModel(PerformerPreTrainedModel):
         layers: Any = self.layers
         in_chunks = past_key_values is None and cu_seqlens is None
         in_chunks = in_chunks and any(layer.runs_in_chunks(hidden.shape[1]) for layer in layers)
-        if dropout_keys is None and in_chunks and self.training:
-            dropout_keys = torch.randint(2**62, (1,))  # what runs in chunks is replayed, and drops the same then
+        tape = self._tape() if past_key_values is None else None
+        if dropout_keys is None and self.training and (in_chunks or tape is not None):
+            dropout_keys = torch.randint(2**62, (1,))  # what is replayed drops the same then
         dropout = None if dropout_keys is None else DropoutKeys(dropout_keys, seen, seen + hidden.shape[1])
         key_padding_mask = None if attention_mask is None else attention_mask[:, seen:].bool()
         rotary = self.rotary(
@@ -580,21 +644,25 @@ class PerformerModel(PerformerPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
 
         hidden = self.embed_dropout(hidden, dropout)
-        if in_chunks:
-            hidden = rounded(hidden)  # every layer keeps its input
+        dtype = hidden.dtype
+        stream: Any = hidden
+        if self.config.reversible:
+            stream = Streams.of(hidden, tape)
+        elif in_chunks:
+            stream = rounded(hidden)  # every layer keeps its input
         all_hidden: tuple[Tensor, ...] = ()
         for layer in self.layers:
             if output_hidden_states:
-                all_hidden += (hidden,)
-            hidden = layer(
-                hidden,
+                all_hidden += (stream.merged().to(dtype) if self.config.reversible else stream,)
+            stream = layer(
+                stream,
                 rotary,
                 key_padding_mask=key_padding_mask,
                 cu_seqlens=cu_seqlens,
                 past_key_values=past_key_values,
                 dropout_keys=dropout,
             )
-        hidden = self.norm(hidden)
+        hidden = self.norm(stream.merged().to(dtype) if self.config.reversible else stream)
         if past_key_values is not None:
             past_key_values.num_tokens += hidden.shape[1]
         return BaseModelOutputWithPast(
@@ -602,6 +670,16 @@ class PerformerModel(PerformerPreTrainedModel):
             past_key_values=past_key_values,
             hidden_states=(*all_hidden, hidden) if output_hidden_states else None,
         )
+
+    def _tape(self) -> Tape | None:
+        """The tape of reversible layers that keep nothing: where there is a backward pass, and not in a compiled graph."""
+        if not self.config.reversible or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if self.training and any(layer.gradient_checkpointing for layer in self.layers):
+            raise UnsupportedError(
+                "gradient checkpointing: reversible layers keep nothing that it could save; switch one of them off."
+            )
+        return {}
 
     def _tokens_seen(self, cache: Cache) -> int:
         if not self.is_causal:

@@ -1,7 +1,8 @@
 """Pretraining that survives being killed, checkpoints that show damage, and evaluation beside a baseline.
 
-`pretrain` turns a `PretrainConfig` into a run folder; `evaluate` measures a model on proteins. The names load on first use: the
-command line reads the configuration without importing torch.
+`pretrain` turns a `PretrainConfig` into a run folder; `evaluate` measures a model on proteins. Any other training is a `Task`
+(`performers.training.task`) for the same loop. The names load on first use: the command line reads the configuration without
+importing torch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Checkpoints and model folders: what a run needs to go on, and how weights from outside are opened safely.
 
-A checkpoint is a sealed folder `step-00000100` that is at the same time an ordinary Hugging Face folder: weights, configuration
-and tokenizer, and beside them `optimizer.safetensors` and `generator.json`. There is no generator state in it, because every
-draw is a function of the seed and the step. Nothing here reads or writes a pickle.
+A checkpoint is a sealed folder `step-00000100` with what the task needs to open its model again, and beside it
+`optimizer.safetensors` and `generator.json`. In pretraining it is at the same time an ordinary Hugging Face folder: weights,
+configuration and tokenizer. There is no generator state in it, because every draw is a function of the seed and the step.
+Nothing here reads or writes a pickle.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from performers.data import VOCAB_SIZE
 from performers.errors import CheckpointError, PerformersError
 from performers.folders import MANIFEST, sealed_folder, verify_folder
-from performers.training.pretraining import (
+from performers.training.run_folder import (
     GENERATOR,
     OPTIMIZER,
     Progress,
@@ -29,47 +30,61 @@ from performers.training.pretraining import (
     list_checkpoints,
     remove_checkpoint,
 )
+from performers.training.task import Task
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_COUNT = "step"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
 def save_checkpoint(
-    run: Path, model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer, progress: Progress, *, keep: int
+    run: Path, task: Task[Any], model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
 ) -> Path:
-    """Writes the checkpoint of `progress.step`, then removes all but the newest `keep`.
+    """Writes the checkpoint of `progress.step`, then removes all but the newest `task.config.keep`.
 
     Raises:
         DiskFullError: there is no room; the earlier checkpoints are untouched.
     """
     path = checkpoint_path(run, progress.step)
     path.parent.mkdir(exist_ok=True)
-    moments = {
-        f"{name}.{moment}": optimizer.state[parameter][moment]
-        for name, parameter in model.named_parameters()
-        for moment in _MOMENTS
-    }
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in (*model.state_dict().values(), *moments.values()))
-    with sealed_folder(path, needed=needed, replace=True) as folder, _without_bars():
+    moments = _moments(model, optimizer, progress.step)
+    needed = _num_bytes(model.state_dict()) + _num_bytes(moments)
+    with sealed_folder(path, needed=needed, replace=True) as folder, without_bars():
         save_file(moments, folder / OPTIMIZER)
         (folder / GENERATOR).write_text(json.dumps(dataclasses.asdict(progress)) + "\n", encoding="utf-8")
-        tokenizer.save_pretrained(folder)
-        model.save_pretrained(folder)
-    for old in list_checkpoints(run)[:-keep]:
+        task.save(model, folder, finished=False)
+    for old in list_checkpoints(run)[: -task.config.keep]:
         remove_checkpoint(old)
     return path
 
 
-def save_model(path: Path, model: Any, tokenizer: Any) -> None:
-    """Writes a sealed Hugging Face folder, in the place of one that is there already.
+def save_model(path: Path, task: Task[Any], model: torch.nn.Module) -> None:
+    """Writes the finished model as a sealed folder, in the place of one that is there already.
 
     Raises:
         DiskFullError: there is no room for it.
     """
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    with sealed_folder(path, needed=needed, replace=True) as folder, _without_bars():
-        tokenizer.save_pretrained(folder)
-        model.save_pretrained(folder)
+    with sealed_folder(path, needed=_num_bytes(model.state_dict()), replace=True) as folder, without_bars():
+        task.save(model, folder, finished=True)
+
+
+def _num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dict[str, torch.Tensor]:
+    """The moments of all parameters that have ever had a gradient, by name.
+
+    One that had none in some steps, as parts of a model that a stage of training leaves alone, has a count of its own.
+    """
+    moments: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter in optimizer.state:
+            state = optimizer.state[parameter]
+            moments |= {f"{name}.{moment}": state[moment] for moment in _MOMENTS}
+            if int(state["step"]) != step:
+                moments[f"{name}.{_COUNT}"] = state["step"]
+    return moments
 
 
 def load_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -79,15 +94,17 @@ def load_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.Op
         CheckpointError: the moments are not those of the model's parameters.
     """
     moments = load_file(path / OPTIMIZER)
-    parameters = dict(model.named_parameters())
-    expected = {f"{name}.{moment}": parameter.shape for name, parameter in parameters.items() for moment in _MOMENTS}
-    if {name: tensor.shape for name, tensor in moments.items()} != expected:
+    for name, parameter in model.named_parameters():
+        found = {moment: moments.pop(f"{name}.{moment}", None) for moment in _MOMENTS}
+        count = moments.pop(f"{name}.{_COUNT}", torch.tensor(float(step)))
+        shapes = {None if tensor is None else tensor.shape for tensor in found.values()}
+        if shapes == {parameter.shape} and parameter.requires_grad:
+            state = {"step": count, **found}
+            optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in state.items()}
+        elif shapes != {None}:
+            moments[name] = count
+    if moments:
         raise CheckpointError(f"{path / OPTIMIZER} does not belong to the model beside it: names or shapes differ.")
-    for name, parameter in parameters.items():
-        optimizer.state[parameter] = {
-            "step": torch.tensor(float(step), device=parameter.device),
-            **{moment: moments[f"{name}.{moment}"].to(parameter.device) for moment in _MOMENTS},
-        }
 
 
 def find_model(path: str | Path) -> Path:
@@ -143,7 +160,7 @@ def open_model(path: str | Path, objective: str | None = None) -> Any:
     objective = objective or _saved_objective(folder)
     auto: Any = transformers.AutoModelForCausalLM if objective == "clm" else transformers.AutoModelForMaskedLM
     try:
-        with _without_bars():
+        with without_bars():
             model, report = auto.from_pretrained(
                 folder,
                 use_safetensors=True,
@@ -173,7 +190,7 @@ def weights_files(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Keeps Hugging Face's progress bars for single files off the screen."""
     from transformers.utils import logging
 

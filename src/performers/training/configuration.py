@@ -1,7 +1,8 @@
-"""What a pretraining run is asked to do: one flat table of keys, the same in a YAML file, on the command line and in Python.
+"""What a training run is asked to do: one flat table of keys, the same in a YAML file, on the command line and in Python.
 
-`PretrainConfig` is that table. It knows types, ranges and which keys contradict each other, and nothing of torch: the command
-line builds its options from it without loading anything heavy. A wrong key or value becomes a `ConfigError` of one sentence.
+`TrainConfig` holds the keys that every training has: how long, how fast, how often, on what. A task adds its own, as
+`PretrainConfig` does. A table knows types, ranges and which keys contradict each other, and nothing of torch: the command line
+builds its options from it without loading anything heavy. A wrong key or value becomes a `ConfigError` of one sentence.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -48,20 +49,120 @@ Names = Annotated[list[str], BeforeValidator(_one_or_more)]
 Paths = Annotated[list[str], BeforeValidator(_path_list)]
 
 
-class PretrainConfig(BaseModel):
-    """The keys of a pretraining run.
+RUN_CONFIG = "config.yaml"
+"""The file in a run folder that holds the configuration."""
 
-    Every key is an option of `performers pretrain` (`batch_size` is `--batch-size`) and a key of its YAML file. Keys that are
-    left at None take the value that their description gives. The keys in `FREE_ON_RESUME` may change when a run goes on; all
-    others decide the result, and a run keeps them from its first step to its last.
+
+class TrainConfig(BaseModel):
+    """The keys of any training.
+
+    Every key is an option of the task's command (`batch_size` is `--batch-size`) and a key of its YAML file. Keys that are left
+    at None take the value that their description gives. The keys in `FREE_ON_RESUME` may change when a run goes on; all others
+    decide the result, and a run keeps them from its first step to its last.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
+    FREE_ON_RESUME: ClassVar[frozenset[str]] = frozenset(
+        {"output", "evaluate_every", "checkpoint_every", "keep", "device", "dtype", "threads", "micro_batch_size"}
+    )
+    """Keys that may change when a run goes on: they decide where and how fast it runs and what it reports, not what it learns."""
+
+    output: str = Field(min_length=1, description="The run folder; if it holds this run already, the run goes on.")
+    steps: int = Field(10_000, ge=1, le=2**40, description="Optimizer steps.")
+    batch_size: int = Field(8, ge=1, le=2**24, description="Contexts in one optimizer step, over all processes.")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="Contexts in one forward pass of one process; gradients accumulate. [all at once]"
+    )
+    learning_rate: Number = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
+    final_learning_rate: Number = Field(0.0, ge=0, description="Learning rate that the cosine ends at.")
+    warmup_steps: int | None = Field(
+        None, ge=0, description="Steps of linear warm-up. [a tenth of the steps, at most 1000]"
+    )
+    beta1: Number = Field(0.9, ge=0, lt=1, description="Decay of AdamW's first moment.")
+    beta2: Number = Field(0.98, ge=0, lt=1, description="Decay of AdamW's second moment.")
+    epsilon: Number = Field(1e-9, gt=0, description="AdamW's epsilon.")
+    weight_decay: Number = Field(0.1, ge=0, description="Weight decay of matrices; biases and norms have none.")
+    clip: Number = Field(0.5, ge=0, description="Largest norm of the gradient; 0 does not clip.")
+    seed: int = Field(0, ge=0, description="Seed of everything random.")
+
+    evaluate_every: int | None = Field(
+        None, ge=0, description="Steps between evaluations; 0 only at the end. [a tenth]"
+    )
+    checkpoint_every: int = Field(500, ge=1, description="Steps between checkpoints.")
+    keep: int = Field(2, ge=1, description="Checkpoints kept.")
+
+    device: str = Field("auto", description="auto (cuda, then mps, then cpu), or one by name, e.g. cuda:1.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Precision of the forward pass: bfloat16 is autocast. [bfloat16 on cuda, else float32]"
+    )
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads. [as torch finds them]")
+
+    @model_validator(mode="after")
+    def _consistent_schedule(self) -> Self:
+        if self.warmup_steps is not None and self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps}: expected fewer than steps={self.steps}.")
+        if self.final_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"final_learning_rate={self.final_learning_rate}: expected at most learning_rate={self.learning_rate}."
+            )
+        return self
+
+    @classmethod
+    def for_run(cls, values: Mapping[str, Any]) -> Self:
+        """As `parse`; keys that are not given are those of the run that the output folder holds, if it holds one.
+
+        A run that has not come to its first checkpoint is begun anew by other settings; it lends its own only to a call that
+        gives none.
+        """
+        run = Path(str(values.get("output", "")))
+        inherits = any((run / "checkpoints").glob("step-*")) or cls.FREE_ON_RESUME.issuperset(values)
+        saved = run / RUN_CONFIG
+        return cls.parse({**read_config(saved), **values} if inherits and saved.is_file() else values)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> Self:
+        """The configuration that `values` describe.
+
+        Raises:
+            ConfigError: a key that does not exist, a value of the wrong type or out of range, or keys that contradict each
+                other; the sentence names all of them.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise ConfigError(" ".join(_sentence(problem, cls) for problem in error.errors())) from None
+
+    @property
+    def evaluation_interval(self) -> int:
+        """Steps between evaluations, the default filled in; the last step is always one."""
+        interval = max(1, self.steps // 10) if self.evaluate_every is None else self.evaluate_every
+        return interval or self.steps
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        return self.scheduled(step, self.steps, self.learning_rate)
+
+    def scheduled(self, step: int, steps: int, peak: float) -> float:
+        """Linear warm-up to `peak`, then half a cosine to `final_learning_rate`, in `steps` steps."""
+        warmup = min(1000, steps // 10) if self.warmup_steps is None else self.warmup_steps
+        if step < warmup:
+            return peak * (step + 1) / warmup
+        progress = (step - warmup) / (steps - warmup)
+        span = peak - self.final_learning_rate
+        return self.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def to_yaml(self) -> str:
+        """All keys as YAML, which `read_config` reads back to an equal configuration."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+class _LanguageModelling(BaseModel):
+    """The keys of pretraining alone: what is read, what is predicted, and by which model."""
+
     input: Paths = Field(
         min_length=1, description="FASTA files (.gz too), '-' for stdin, bundled:train, or a corpus folder."
     )
-    output: str = Field(min_length=1, description="The run folder; if it holds this run already, the run goes on.")
     validation: Paths = Field([], description="FASTA files evaluated during training, e.g. bundled:validation.")
     ood: Paths = Field([], description="FASTA files of held-out families, evaluated beside the validation set.")
     max_length: int = Field(10_000_000, ge=1, description="Residues; a longer record is refused, never cut.")
@@ -104,45 +205,25 @@ class PretrainConfig(BaseModel):
         ge=1,
         description="Train causal models on so many tokens at a time, carrying attention states; memory is that of a chunk.",
     )
-
-    steps: int = Field(10_000, ge=1, le=2**40, description="Optimizer steps.")
-    batch_size: int = Field(8, ge=1, le=2**24, description="Contexts in one optimizer step, over all processes.")
-    micro_batch_size: int | None = Field(
-        None, ge=1, description="Contexts in one forward pass of one process; gradients accumulate. [all at once]"
-    )
-    learning_rate: Number = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
-    final_learning_rate: Number = Field(0.0, ge=0, description="Learning rate that the cosine ends at.")
-    warmup_steps: int | None = Field(
-        None, ge=0, description="Steps of linear warm-up. [a tenth of the steps, at most 1000]"
-    )
-    beta1: Number = Field(0.9, ge=0, lt=1, description="Decay of AdamW's first moment.")
-    beta2: Number = Field(0.98, ge=0, lt=1, description="Decay of AdamW's second moment.")
-    epsilon: Number = Field(1e-9, gt=0, description="AdamW's epsilon.")
-    weight_decay: Number = Field(0.1, ge=0, description="Weight decay of matrices; biases and norms have none.")
-    clip: Number = Field(0.5, ge=0, description="Largest norm of the gradient; 0 does not clip.")
     redraw_every: int | None = Field(
         None,
         ge=0,
         description="Steps between redraws of the random features; 0 never. [1000 for softmax kernels, else 0]",
     )
-    seed: int = Field(0, ge=0, description="Seed of everything random.")
-
-    evaluate_every: int | None = Field(
-        None, ge=0, description="Steps between evaluations; 0 only at the end. [a tenth]"
-    )
     evaluate_proteins: int = Field(
         512, ge=1, description="At most so many proteins of a set are evaluated during training."
     )
     evaluate_tokens: int = Field(16_384, ge=1, description="Tokens evaluated at once.")
-    checkpoint_every: int = Field(500, ge=1, description="Steps between checkpoints.")
-    keep: int = Field(2, ge=1, description="Checkpoints kept.")
-
-    device: str = Field("auto", description="auto (cuda, then mps, then cpu), or one by name, e.g. cuda:1.")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Precision of the forward pass: bfloat16 is autocast. [bfloat16 on cuda, else float32]"
-    )
-    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads. [as torch finds them]")
     compile: bool = Field(False, description="Run the model through torch.compile.")
+
+
+class PretrainConfig(TrainConfig, _LanguageModelling):
+    """The keys of a pretraining run: those of every training, and what is read, what is predicted, and by which model."""
+
+    FREE_ON_RESUME: ClassVar[frozenset[str]] = TrainConfig.FREE_ON_RESUME | {
+        *("validation", "ood", "evaluate_proteins", "evaluate_tokens"),
+        *("compile", "gradient_checkpointing", "sequence_chunk"),
+    }
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -154,12 +235,6 @@ class PretrainConfig(BaseModel):
                     )
         if self.sequence_chunk is not None:
             self._check_sequence_chunk()
-        if self.warmup_steps is not None and self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps={self.warmup_steps}: expected fewer than steps={self.steps}.")
-        if self.final_learning_rate > self.learning_rate:
-            raise ValueError(
-                f"final_learning_rate={self.final_learning_rate}: expected at most learning_rate={self.learning_rate}."
-            )
         return self
 
     def _check_sequence_chunk(self) -> None:
@@ -174,67 +249,6 @@ class PretrainConfig(BaseModel):
         for key in ("gradient_checkpointing", "compile"):
             if getattr(self, key):
                 raise ValueError(f"sequence_chunk and {key} exclude each other.")
-
-    @classmethod
-    def for_run(cls, values: Mapping[str, Any]) -> Self:
-        """As `parse`; keys that are not given are those of the run that the output folder holds, if it holds one.
-
-        A run that has not come to its first checkpoint is begun anew by other settings; it lends its own only to a call that
-        gives none.
-        """
-        run = Path(str(values.get("output", "")))
-        inherits = any((run / "checkpoints").glob("step-*")) or FREE_ON_RESUME.issuperset(values)
-        saved = run / RUN_CONFIG
-        return cls.parse({**read_config(saved), **values} if inherits and saved.is_file() else values)
-
-    @classmethod
-    def parse(cls, values: Mapping[str, Any]) -> Self:
-        """The configuration that `values` describe.
-
-        Raises:
-            ConfigError: a key that does not exist, a value of the wrong type or out of range, or keys that contradict each
-                other; the sentence names all of them.
-        """
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            raise ConfigError(" ".join(_sentence(problem, cls) for problem in error.errors())) from None
-
-    @property
-    def warmup(self) -> int:
-        """Steps of warm-up, the default filled in."""
-        return min(1000, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
-
-    @property
-    def evaluation_interval(self) -> int:
-        """Steps between evaluations, the default filled in; the last step is always one."""
-        interval = max(1, self.steps // 10) if self.evaluate_every is None else self.evaluate_every
-        return interval or self.steps
-
-    def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, then half a cosine from `learning_rate` to `final_learning_rate`; steps count from 0."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        progress = (step - self.warmup) / (self.steps - self.warmup)
-        span = self.learning_rate - self.final_learning_rate
-        return self.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * progress))
-
-    def to_yaml(self) -> str:
-        """All keys as YAML, which `read_config` reads back to an equal configuration."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
-
-
-RUN_CONFIG = "config.yaml"
-"""The file in a run folder that holds the configuration."""
-
-FREE_ON_RESUME = frozenset(
-    {
-        *("output", "validation", "ood", "evaluate_every", "evaluate_proteins", "evaluate_tokens"),
-        *("checkpoint_every", "keep", "device", "dtype", "threads", "compile"),
-        *("micro_batch_size", "gradient_checkpointing", "sequence_chunk"),
-    }
-)
-"""Keys that may change when a run goes on: they decide where and how fast it runs and what it reports, not what it learns."""
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

@@ -1,105 +1,32 @@
-"""Pretraining, all but the loop: a configuration in, a run folder out.
+"""Pretraining on proteins as a task: which proteins are read, and what the loop asks about them.
 
-The run folder holds `config.yaml`, the corpus, `log.jsonl`, the newest checkpoints, `run.json` and, at the end, `model/` and
-`loss.png`. This module decides which run a folder holds and where it goes on, keeps other processes out, and reads the
-proteins; torch is imported only when all of that is in order.
+The run folder holds the corpus besides, where it was built from FASTA files. What a step computes is in
+`performers.training.language_modelling`; torch is imported only when the proteins are in order.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import fcntl
-import json
-import math
-import os
-import re
+import functools
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from performers.data import Corpus, FastaReport, build_corpus, in_memory_corpus, is_corpus_of, read_fasta
-from performers.errors import CheckpointError, ConfigError, OutputError
-from performers.folders import claim_output, remove_leftovers, temporary_name, verify_folder, write_file, writing
+from performers.data import Contexts, Corpus, FastaReport, build_corpus, in_memory_corpus, is_corpus_of, read_fasta
 from performers.randomness import derive_seed
-from performers.training.configuration import FREE_ON_RESUME, RUN_CONFIG, PretrainConfig, read_config
+from performers.training.configuration import PretrainConfig
+from performers.training.run_folder import RunResult, run_task
+from performers.training.task import Figures, Task
 
-LOG = "log.jsonl"
-OPTIMIZER = "optimizer.safetensors"
-GENERATOR = "generator.json"
+if TYPE_CHECKING:
+    import torch
 
+    from performers.training.distributed import World
 
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """How far a run has come; with the seed, all that decides its future draws.
-
-    Attributes:
-        seed: the seed of the run.
-        step: optimizer steps taken.
-        tokens: tokens of context that these steps have read.
-    """
-
-    seed: int
-    step: int
-    tokens: int
-
-
-@dataclasses.dataclass(frozen=True)
-class PretrainResult:
-    """What a run leaves.
-
-    Attributes:
-        output: the run folder.
-        model: the model folder in it.
-        steps: optimizer steps taken.
-        tokens: tokens of context read.
-        loss: the training loss of the last step; NaN if the log has been removed.
-        evaluations: the last figures of the "validation" and "ood" sets that were given.
-    """
-
-    output: Path
-    model: Path
-    steps: int
-    tokens: int
-    loss: float
-    evaluations: dict[str, dict[str, Any]]
-
-    @classmethod
-    def read(cls, run: Path, progress: Progress) -> Self:
-        """What the folder of a finished run says."""
-        lines = (run / LOG).read_text(encoding="utf-8").splitlines() if (run / LOG).is_file() else []
-        entries = [json.loads(line) for line in lines]
-        return cls(
-            output=run,
-            model=run / "model",
-            steps=progress.step,
-            tokens=progress.tokens,
-            loss=next((entry["loss"] for entry in reversed(entries) if "learning_rate" in entry), math.nan),
-            evaluations={entry["evaluation"]: entry for entry in entries if "evaluation" in entry},
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class RunFolder:
-    """A run folder that is ready for the loop.
-
-    Attributes:
-        path: the folder.
-        corpus: the proteins to train on.
-        evaluation_sets: those to evaluate on, by name.
-        checkpoint: the verified checkpoint to go on from, or None at the beginning.
-        progress: how far the run has come.
-    """
-
-    path: Path
-    corpus: Corpus
-    evaluation_sets: dict[str, Corpus]
-    checkpoint: Path | None
-    progress: Progress
+PretrainResult = RunResult
 
 
 def pretrain(config: PretrainConfig, *, resume: bool = True, resume_from: str | None = None) -> PretrainResult:
@@ -108,7 +35,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = True, resume_from: str | 
     Under torchrun every process calls it; the processes share each step's contexts.
 
     Arguments:
-        config: what to do; when a run goes on, only the keys in `FREE_ON_RESUME` may differ from those it began with.
+        config: what to do; when a run goes on, only the keys in `config.FREE_ON_RESUME` may differ from those it began with.
         resume: False refuses an output folder that holds a run.
         resume_from: the name of the checkpoint to go on from, e.g. "step-00000100"; by default the newest. Checkpoints and log
             lines after it are given up.
@@ -119,178 +46,133 @@ def pretrain(config: PretrainConfig, *, resume: bool = True, resume_from: str | 
         DiskFullError: there is no room to save; the last checkpoint is whole.
         KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came; a checkpoint has been saved.
     """
-    if int(os.environ.get("RANK", "0")):
-        from performers.training.loop import train
-
-        return train(config, None)
-    with hold_run(config, resume=resume, resume_from=resume_from) as folder:
-        from performers.training.loop import train
-
-        return train(config, folder)
+    return run_task(Pretraining(config), resume=resume, resume_from=resume_from)
 
 
-@contextlib.contextmanager
-def hold_run(config: PretrainConfig, *, resume: bool, resume_from: str | None) -> Iterator[RunFolder]:
-    """Makes the run folder ready, and keeps it from other processes for the length of the block.
+class Pretraining(Task[PretrainConfig]):
+    """Masked or causal language modelling of proteins, with a Performer."""
 
-    Raises:
-        InputError: as `pretrain`.
-    """
-    run = Path(config.output)
-    begun = (run / RUN_CONFIG).is_file()
-    if begun and not resume:
-        raise OutputError(f"{run} holds a run already; give a new folder, or let it go on.")
-    if resume_from is not None and not begun:
-        raise ConfigError(f"resume_from={resume_from!r}: {run} holds no run to go on with.")
-    evaluation_sets = _evaluation_sets(config)
-    if not begun:
-        if not _is_corpus(config):
-            read_fasta(config.input)  # a missing file is found before anything is written
-        claim_output(run)
-    with _lock(run):
-        checkpoint = _starting_point(run, config, resume_from) if begun else None
-        progress = load_progress(checkpoint) if checkpoint else Progress(config.seed, 0, 0)
-        _prepare(run, config, progress.step)
-        yield RunFolder(run, _corpus(config, run), evaluation_sets, checkpoint, progress)
+    command: ClassVar[str] = "pretrain"
+    elsewhere: ClassVar[str] = "with --init-from {model} to go on from its weights"
+    needs_less: ClassVar[str] = (
+        "A smaller --micro-batch-size or --context needs less, and so does --gradient-checkpointing, or --sequence-chunk for a "
+        "causal model."
+    )
 
+    corpus: Corpus
 
-def join_run(config: PretrainConfig) -> RunFolder:
-    """The run folder that another process of the group holds and has made ready."""
-    run = Path(config.output)
-    checkpoint = next(reversed(list_checkpoints(run)), None)
-    progress = load_progress(checkpoint) if checkpoint else Progress(config.seed, 0, 0)
-    return RunFolder(run, _corpus(config, run), _evaluation_sets(config), checkpoint, progress)
+    def check(self, *, begun: bool) -> None:
+        """Reads the proteins to evaluate on; finds a missing file before anything is written."""
+        _ = self.evaluation_sets
+        if not begun and not self._is_corpus:
+            read_fasta(self.config.input)
 
-
-def checkpoint_path(run: Path, step: int) -> Path:
-    """The folder of the checkpoint after `step` steps."""
-    return run / "checkpoints" / f"step-{step:08d}"
-
-
-def list_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
-
-
-def remove_checkpoint(path: Path) -> None:
-    """Removes a checkpoint; its name is taken from it first, so that no half of it can be mistaken for the whole."""
-    doomed = temporary_name(path)
-    path.rename(doomed)
-    shutil.rmtree(doomed)
-
-
-def load_progress(path: Path) -> Progress:
-    """How far the run had come at the checkpoint `path`, after every file of it has been verified.
-
-    Raises:
-        CheckpointError: a file is missing or damaged; names it, and the newest earlier checkpoint if there is one.
-    """
-    try:
-        verify_folder(path)
-        for name in (OPTIMIZER, GENERATOR):
-            if not (path / name).is_file():
-                raise CheckpointError(f"{path / name} is missing.")
-        progress = Progress(**json.loads((path / GENERATOR).read_text(encoding="utf-8")))
-        if path.name != checkpoint_path(path, progress.step).name:
-            raise CheckpointError(f"{path / GENERATOR} is of step {progress.step}: expected that of {path.name}.")
-    except CheckpointError as error:
-        earlier = [other for other in list_checkpoints(path.parent.parent) if other.name < path.name]
-        hint = f" Go on from the previous checkpoint with --resume-from {earlier[-1].name}." if earlier else ""
-        raise CheckpointError(f"{error}{hint}") from None
-    return progress
-
-
-def _starting_point(run: Path, config: PretrainConfig, resume_from: str | None) -> Path | None:
-    """The checkpoint that a run goes on from; None if it has not come to its first.
-
-    Raises:
-        ConfigError: the run began with other values of keys that decide its result, or there is no such checkpoint.
-    """
-    checkpoints = list_checkpoints(run)
-    if resume_from is not None:
-        if resume_from not in [checkpoint.name for checkpoint in checkpoints]:
-            known = ", ".join(checkpoint.name for checkpoint in checkpoints) or "none"
-            raise ConfigError(f"resume_from={resume_from!r}: {run} has no such checkpoint; it has {known}.")
-        checkpoints = [checkpoint for checkpoint in checkpoints if checkpoint.name <= resume_from]
-    if not checkpoints:
-        return None
-    began = PretrainConfig.parse(read_config(run / RUN_CONFIG))
-    differing = [
-        f"{key}={getattr(config, key)!r} (the run has {getattr(began, key)!r})"
-        for key in PretrainConfig.model_fields
-        if key not in FREE_ON_RESUME and getattr(config, key) != getattr(began, key)
-    ]
-    if differing:
-        raise ConfigError(
-            f"{run} holds a run with other settings: {', '.join(differing)}; give its settings, or a new folder "
-            f"(with --init-from {run / 'model'} to go on from its weights)."
-        )
-    return checkpoints[-1]
-
-
-def _prepare(run: Path, config: PretrainConfig, step: int) -> None:
-    """Gives up what interrupted writes left and what lies after `step`, and writes the configuration down."""
-    remove_leftovers(run)
-    if (run / "checkpoints").is_dir():
-        remove_leftovers(run / "checkpoints")
-    for checkpoint in list_checkpoints(run):
-        if checkpoint.name > checkpoint_path(run, step).name:
-            remove_checkpoint(checkpoint)
-    if step == 0 and (run / RUN_CONFIG).is_file():
-        # A run without a checkpoint has nothing to lose, and may begin anew with another input.
-        began = read_config(run / RUN_CONFIG)
+    def discard(self, run: Path, began: dict[str, Any]) -> None:
+        """Removes a corpus that was built of other files, or read in another way."""
+        config = self.config
         settings: dict[str, Any] = {"max_length": config.max_length, "on_invalid": config.on_invalid}
         same = "-" in config.input or is_corpus_of(config.input, run / "corpus", **settings)
         if not same or any(began.get(key) != value for key, value in {"input": config.input, **settings}.items()):
             shutil.rmtree(run / "corpus", ignore_errors=True)
-    if not (run / RUN_CONFIG).is_file() or (run / RUN_CONFIG).read_text(encoding="utf-8") != config.to_yaml():
-        write_file(run / RUN_CONFIG, config.to_yaml())
 
+    def prepare(self, run: Path) -> None:
+        """Opens the corpus: the folder that was given, or one built from the FASTA files in the run folder."""
+        config = self.config
+        folder = run / "corpus"
+        if self._is_corpus:
+            self.corpus = Corpus.open(config.input[0])
+        elif (folder / "corpus.json").is_file():
+            self.corpus = Corpus.open(folder)
+        else:
+            self.corpus = build_corpus(config.input, folder, max_length=config.max_length, on_invalid=config.on_invalid)
+            for remark in FastaReport.from_dict(self.corpus.metadata["report"]).remarks():
+                print(remark, file=sys.stderr)
 
-def _is_corpus(config: PretrainConfig) -> bool:
-    return len(config.input) == 1 and (Path(config.input[0]) / "corpus.json").is_file()
+    @functools.cached_property
+    def evaluation_sets(self) -> dict[str, Corpus]:
+        """The proteins to evaluate on, at most `evaluate_proteins` of each set, drawn with the seed."""
+        config = self.config
+        sets: dict[str, Corpus] = {}
+        for name, sources in (("validation", config.validation), ("ood", config.ood)):
+            if sources:
+                proteins = in_memory_corpus(
+                    read_fasta(sources, max_length=config.max_length, on_invalid=config.on_invalid)
+                )
+                if len(proteins) > config.evaluate_proteins:
+                    keys = np.random.Philox(key=derive_seed(config.seed, "evaluation set", name)).random_raw(
+                        len(proteins)
+                    )
+                    proteins = proteins.subset(np.sort(np.argsort(keys, kind="stable")[: config.evaluate_proteins]))
+                sets[name] = proteins
+        return sets
 
+    def inputs(self) -> list[dict[str, Any]]:
+        """The FASTA files of the corpus, and the weights that the run begins from."""
+        from performers.training.language_modelling import initial_weights
 
-def _corpus(config: PretrainConfig, run: Path) -> Corpus:
-    """The corpus of the run: the folder that was given, or one built from the FASTA files in the run folder."""
-    if _is_corpus(config):
-        return Corpus.open(config.input[0])
-    folder = run / "corpus"
-    if (folder / "corpus.json").is_file():
-        return Corpus.open(folder)
-    corpus = build_corpus(config.input, folder, max_length=config.max_length, on_invalid=config.on_invalid)
-    for remark in FastaReport.from_dict(corpus.metadata["report"]).remarks():
-        print(remark, file=sys.stderr)
-    return corpus
+        return [*self.corpus.metadata["report"]["inputs"], *initial_weights(self.config)]
 
+    def open(self, checkpoint: Path | None) -> torch.nn.Module:
+        """The Performer.
 
-def _evaluation_sets(config: PretrainConfig) -> dict[str, Corpus]:
-    """The proteins to evaluate on, at most `evaluate_proteins` of each set, drawn with the seed."""
-    sets: dict[str, Corpus] = {}
-    for name, sources in (("validation", config.validation), ("ood", config.ood)):
-        if sources:
-            proteins = in_memory_corpus(read_fasta(sources, max_length=config.max_length, on_invalid=config.on_invalid))
-            if len(proteins) > config.evaluate_proteins:
-                keys = np.random.Philox(key=derive_seed(config.seed, "evaluation set", name)).random_raw(len(proteins))
-                proteins = proteins.subset(np.sort(np.argsort(keys, kind="stable")[: config.evaluate_proteins]))
-            sets[name] = proteins
-    return sets
+        Raises:
+            ConfigError: the model cannot be made, or not be trained as asked.
+        """
+        import torch
 
+        from performers.training import language_modelling
 
-@contextlib.contextmanager
-def _lock(run: Path) -> Iterator[None]:
-    """Keeps a second process out of the run folder.
+        model = language_modelling.open_for_training(self.config, checkpoint)
+        self._forward = torch.compile(model) if self.config.compile else model
+        self._contexts = Contexts(self.corpus, self.config.context, mode=self.config.contexts, seed=self.config.seed)
+        self._redraw_every = language_modelling.redraw_interval(self.config, model)
+        return model
 
-    Raises:
-        OutputError: another process is at work in it.
-    """
-    with writing(run):
-        descriptor = os.open(run, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(f"{run} is in use by another process; wait for it, or give a new folder.") from None
-        yield
-    finally:
-        os.close(descriptor)
+    def describe(self) -> str:
+        """Proteins and residues."""
+        return f"{len(self.corpus):,} proteins, {self.corpus.num_residues:,} residues"
+
+    def before_step(self, model: Any, step: int) -> None:
+        """Redraws random features now and then."""
+        if self._redraw_every and step and step % self._redraw_every == 0:
+            model.redraw_features_(self.config.seed, step)
+
+    def accumulate(self, model: Any, step: int, world: World, dtype: torch.dtype) -> torch.Tensor:
+        """One pass over the contexts of the step."""
+        from performers.training.language_modelling import micro_batches
+        from performers.training.loop import accumulate_gradients
+
+        examples = micro_batches(self.config, self._contexts, step, world)
+        return accumulate_gradients(self._forward, examples, world, dtype, self.config.sequence_chunk)
+
+    def tokens(self, step: int) -> int:
+        """All contexts are of one length."""
+        return self.config.batch_size * self.config.context
+
+    def evaluate(self, model: Any, world: World, dtype: torch.dtype) -> Iterator[Figures]:
+        """Accuracy and perplexity beside the unigram baseline."""
+        from performers.training.language_modelling import measure
+
+        for name, proteins in self.evaluation_sets.items():
+            yield measure(self.config, name, proteins, model, world, dtype)
+
+    def save(self, model: Any, folder: Path, *, finished: bool) -> None:
+        """A Hugging Face folder, tokenizer included."""
+        from performers.models import PerformerTokenizer
+
+        PerformerTokenizer(add_eos=self.config.objective == "mlm").save_pretrained(folder)
+        model.save_pretrained(folder)
+
+    def picture(self, run: Path) -> None:
+        """The loss against the step."""
+        from performers.training.plots import plot_loss
+
+        heading = "Next-residue prediction"
+        if self.config.objective == "mlm":
+            # Kept residues are easy to name, so the two losses are comparable only where the schemes are the same.
+            heading = f"Masked residues: scheme {self.config.scheme} in training, mask in evaluation"
+        plot_loss(run / "log.jsonl", run / "loss.png", heading)
+
+    @property
+    def _is_corpus(self) -> bool:
+        return len(self.config.input) == 1 and (Path(self.config.input[0]) / "corpus.json").is_file()

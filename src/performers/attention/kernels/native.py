@@ -40,6 +40,7 @@ _KERNELS = {
     "softmax-reg": 0,
     "softmax-optimal": 0,
     "softmax-sharp": 0,
+    "softmax-prototypes": 0,
     "exp": 0,
     "relu": 1,
     "elu": 2,

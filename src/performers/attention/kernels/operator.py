@@ -208,7 +208,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward_of(
-    ctx: Any, d_out: Tensor | None, _: None, d_numerator: Tensor | None, d_denominator: Tensor | None, __: None
+    ctx: Any, d_out: Tensor | None, _: Any, d_numerator: Tensor | None, d_denominator: Tensor | None, __: Any
 ) -> Any:
     saved = ctx.saved_tensors
     _, numerator, denominator, _, query, _, value, *_ = saved

@@ -1,0 +1,357 @@
+"""What a model loses that cuts long proteins: the same model and residues, read in windows and whole.
+
+Proteins of more than 1,022 residues (what a context of 1,024 can hold) are read in windows of 512, 1,024 and 2,048 tokens, and
+whole. The same residues are hidden each time; only how far the model can see around them differs. Accuracy is given for each
+window, and by the distance of a residue to the nearest end at which its window was cut: what cutting costs should be lost there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from performers.benchmarks.comparison import (
+    Recipe,
+    prepare_proteins,
+    recipe_and_rest,
+    run_cell,
+    sample_proteins,
+    train,
+)
+from performers.benchmarks.experiment import DONE, Cell, Experiment, Figures
+from performers.benchmarks.systems import SYSTEMS, check_systems
+from performers.errors import InputError
+
+WHOLE = 0
+# The distances to the nearest cut, in residues: from one of these numbers to before the next.
+DISTANCES = (0, 8, 16, 32, 64, 128, 256, 512)
+_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class ContextSettings:
+    """What `measure_context` measures.
+
+    Attributes:
+        model: a folder with a masked model, or None to train one.
+        system: what is trained.
+        windows: tokens, among them the bos before a protein and the eos after it.
+        longer_than: residues; shorter proteins are left out.
+        proteins: at most so many are read.
+        sources: FASTA files with the proteins to read; by default held-out ones of the bundled sample.
+        recipe, steps, learning_rate: of the training.
+        batch_tokens: windows share a forward pass up to so many tokens.
+        device, threads, seed: of training and reading.
+    """
+
+    model: str | None = None
+    system: str = "performer-relu"
+    windows: Sequence[int] = (512, 1024, 2048)
+    longer_than: int = 1022
+    proteins: int = 200
+    sources: Sequence[str] = ("bundled:validation", "bundled:test", "bundled:ood")
+    recipe: Recipe = field(default_factory=lambda: Recipe(context=4096, batch_size=1))
+    steps: int = 3000
+    learning_rate: float = 2e-3
+    batch_tokens: int = 16_384
+    device: str = "cpu"
+    threads: int | None = None
+    seed: int = 0
+
+    @classmethod
+    def of_size(cls, quick: bool, **given: Any) -> ContextSettings:
+        """The full or the quick settings, with what was given in their place; `Recipe`'s keys go into the recipe.
+
+        Raises:
+            InputError: a name or a number that is not in order.
+        """
+        defaults: dict[str, Any] = {"proteins": 8, "steps": 20} if quick else {}
+        context = {"context": 1024 if quick else 4096, "batch_size": 1}
+        settings = cls(**recipe_and_rest(quick, defaults, {**context, **given}))
+        check_systems((settings.system,))
+        if not settings.windows or min(settings.windows) < 3:
+            raise InputError("--window: expected numbers of at least 3 tokens.")
+        return settings
+
+
+def measure_context(
+    settings: ContextSettings, output: str | Path, *, quick: bool = False, restart: bool = False
+) -> dict[str, Any]:
+    """Reads the proteins in every window and writes the report; trains the model first unless one is given.
+
+    Arguments:
+        settings: what to measure.
+        output: a folder for `context.json`, the picture, `run.json`, the run and `cells.jsonl`.
+        quick: whether the settings are too small to mean anything.
+        restart: train and read again what the folder holds.
+
+    Returns:
+        The report: a cell for the training and for each window; "losses", the accuracy of each window against the whole with a
+        95 % bootstrap interval over proteins, and what it says; "distances", the same by distance to the nearest cut.
+
+    Raises:
+        InputError: a setting or the model is not valid, no protein is long enough, or the folder is in use.
+    """
+    from performers.training.checkpoint import find_model
+    from performers.training.runs import describe_file
+
+    proteins = sample_proteins(settings.sources, settings.proteins, longer_than=settings.longer_than)
+    with Experiment("context", asdict(settings), output, quick=quick, restart=restart) as experiment:
+        if settings.model is None:
+            place = experiment.log.folder
+            data = prepare_proteins(place, (), None, held_out=20, seed=settings.seed, threads=settings.threads)
+            cell = run_cell(
+                settings.recipe,
+                data,
+                settings.system,
+                "mlm",
+                steps=settings.steps,
+                learning_rate=settings.learning_rate,
+                seed=settings.seed,
+                score_on=(),
+                score_proteins=100,
+            )
+            trained = experiment.measure(
+                [cell],
+                lambda cell, before: train(cell, experiment.log, data),
+                name=lambda cell: f"training {SYSTEMS[cell['system']].title}",
+                result=lambda figures: f"validation accuracy {figures['scores']['validation']['accuracy']:.4f}",
+            )[0]
+            if trained["status"] != DONE:
+                return experiment.report(draw, losses=[], distances=[], proteins=len(proteins))
+            model = place / trained["model"]
+        else:
+            model = find_model(settings.model)
+        weights = [describe_file(file) for file in sorted(model.glob("*.safetensors"))]
+        cells: list[Cell] = [
+            {
+                "part": "window",
+                "window": window,
+                "model": [file["sha256"] for file in weights],
+                **{
+                    key: getattr(settings, key) for key in ("longer_than", "proteins", "batch_tokens", "device", "seed")
+                },
+                "sources": [*settings.sources],
+            }
+            for window in (*sorted(set(settings.windows)), WHOLE)
+        ]
+        results = experiment.measure(
+            cells,
+            lambda cell, before: {"status": DONE, **read(model, proteins, cell, settings.threads)},
+            name=lambda cell: named(cell["window"]),
+            result=lambda figures: f"accuracy {_share(''.join(figures['hits'])):.4f}",
+        )
+        return experiment.report(draw, losses=losses(results), distances=distances(results), proteins=len(proteins))
+
+
+def named(window: int) -> str:
+    """A window, for people."""
+    return f"windows of {window:,}" if window else "whole"
+
+
+def read(model: Path, proteins: Any, cell: Cell, threads: int | None) -> Figures:
+    """Reads proteins in windows and scores their hidden residues, which depend on the seed and the protein alone.
+
+    Arguments:
+        model: a folder with a masked model.
+        proteins: a `Corpus`.
+        cell: window, batch_tokens, device, seed.
+        threads: CPU threads.
+
+    Returns:
+        hits, for each protein a "1" for every hidden residue that was named and a "0" for the others, in order; and near,
+        likewise the place in `DISTANCES` of its distance to the nearest cut, or "-" if its window was not cut.
+
+    Raises:
+        InputError: the model is no masked one.
+    """
+    import numpy as np
+    import torch
+
+    from performers.data import BOS, EOS, mask_tokens
+    from performers.randomness import derive_seed
+    from performers.training.checkpoint import objective_of, open_model
+    from performers.training.distributed import autocast, choose_device, choose_dtype, use_threads
+
+    device = choose_device(cell["device"])
+    reader = open_model(model).to(device)
+    if objective_of(reader) != "mlm":
+        raise InputError(f"{model} holds a causal model; expected a masked one.")
+    hits, near = [""] * len(proteins), [""] * len(proteins)
+    windows: list[tuple[int, Any, Any, Any]] = []  # protein, tokens, labels, distance to the nearest cut
+    for number, residues in enumerate(proteins):
+        tokens = np.concatenate(([BOS], residues, [EOS])).astype(np.int64)
+        hidden, labels = mask_tokens(
+            tokens[None], [number], seed=derive_seed(cell["seed"], "context"), step=0, scheme="mask"
+        )
+        size = cell["window"] or len(tokens)
+        for start in range(0, len(tokens), size):
+            piece = slice(start, min(start + size, len(tokens)))
+            place = np.arange(piece.start, piece.stop)
+            beyond = len(tokens) + size  # farther than any cut can be
+            left = place - piece.start if start else np.full(len(place), beyond)
+            after = piece.stop - 1 - place if piece.stop < len(tokens) else np.full(len(place), beyond)
+            windows.append((number, hidden[0, piece], labels[0, piece], np.minimum(left, after)))
+    with use_threads(threads), torch.inference_mode():
+        for batch in _batches([len(tokens) for _, tokens, _, _ in windows], cell["batch_tokens"]):
+            group = [windows[i] for i in batch]
+            ends = np.cumsum([0, *(len(tokens) for _, tokens, _, _ in group)])
+            with autocast(device, choose_dtype("auto", device)):
+                logits = reader(
+                    input_ids=torch.from_numpy(np.concatenate([tokens for _, tokens, _, _ in group]))[None].to(device),
+                    cu_seqlens=torch.from_numpy(ends.astype(np.int32)).to(device),
+                ).logits[0]
+            guesses = logits.argmax(-1).cpu().numpy()
+            for (number, tokens, labels, distance), end in zip(group, ends[1:].tolist(), strict=True):
+                chosen = labels >= 0
+                named_right = guesses[end - len(tokens) : end][chosen] == labels[chosen]
+                places = np.searchsorted(DISTANCES, distance[chosen], side="right") - 1
+                cut = distance[chosen] < len(tokens)
+                hits[number] += "".join("1" if hit else "0" for hit in named_right)
+                near[number] += "".join(
+                    str(place) if is_cut else "-" for place, is_cut in zip(places, cut, strict=True)
+                )
+    return {"hits": hits, "near": near}
+
+
+def _share(hits: str) -> float:
+    return hits.count("1") / len(hits)
+
+
+def _batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """The windows that share a forward pass."""
+    batches: list[list[int]] = []
+    room = 0
+    for index, length in enumerate(lengths):
+        if not batches or length > room:
+            batches.append([])
+            room = tokens
+        batches[-1].append(index)
+        room -= length
+    return batches
+
+
+def losses(results: list[Figures]) -> list[Figures]:
+    """What each window loses against the whole, over the same residues.
+
+    Returns:
+        A row for each window: window, accuracy, loss (accuracy of the whole minus that of the window), interval (95 %, bootstrap
+        over proteins, both resampled together), and text, a plain sentence: a loss, a gain, or undecided.
+    """
+    import numpy as np
+
+    from performers.randomness import derive_seed
+
+    cells = {cell["window"]: cell for cell in results if cell.get("part") == "window"}
+    count = np.array([len(hits) for hits in cells[WHOLE]["hits"]])
+    whole = np.array([hits.count("1") for hits in cells[WHOLE]["hits"]])
+    rows: list[Figures] = []
+    generator = np.random.Generator(np.random.Philox(derive_seed(0, "bootstrap")))
+    draws = generator.integers(len(count), size=(_RESAMPLES, len(count)))
+    for window, cell in cells.items():
+        right = np.array([hits.count("1") for hits in cell["hits"]])
+        row: Figures = {"window": window, "accuracy": float(right.sum() / count.sum())}
+        if window:
+            lost = (whole - right)[draws].sum(1) / count[draws].sum(1)
+            low, high = (float(value) for value in np.quantile(lost, [0.025, 0.975]))
+            row["loss"] = float((whole - right).sum() / count.sum())
+            row["interval"] = [low, high]
+            outcome = "less accurate than" if low > 0 else "more accurate than" if high < 0 else "undecided against"
+            row["text"] = (
+                f"{named(window)}: {outcome} the whole protein ({row['loss']:+.4f}, {low:+.4f} to {high:+.4f} lost)."
+            )
+        rows.append(row)
+    return rows
+
+
+def distances(results: list[Figures]) -> list[Figures]:
+    """Accuracy by distance to the nearest cut, beside that of the whole protein on the same residues.
+
+    Returns:
+        A row for each window and distance: window, from, to (None for the last), residues, accuracy and whole.
+    """
+    cells = {cell["window"]: cell for cell in results if cell.get("part") == "window"}
+    whole = "".join(cells[WHOLE]["hits"])
+    rows: list[Figures] = []
+    for window, cell in cells.items():
+        hits, near = "".join(cell["hits"]), "".join(cell["near"])
+        for index, start in enumerate(DISTANCES):
+            here = [place for place, at in enumerate(near) if at == str(index)]
+            if here:
+                rows.append(
+                    {
+                        "window": window,
+                        "from": start,
+                        "to": DISTANCES[index + 1] if index + 1 < len(DISTANCES) else None,
+                        "residues": len(here),
+                        "accuracy": _share("".join(hits[place] for place in here)),
+                        "whole": _share("".join(whole[place] for place in here)),
+                    }
+                )
+    return rows
+
+
+def tables(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """The report as tables: a title, a header and rows for each."""
+    rows = [
+        [
+            named(row["window"]),
+            f"{row['accuracy']:.4f}",
+            f"{row['loss']:+.4f} ({row['interval'][0]:+.4f} to {row['interval'][1]:+.4f})" if row["window"] else "",
+        ]
+        for row in report["losses"]
+    ]
+    title = (
+        f"Accuracy on [MASK] in {report['proteins']} proteins of more than {report['settings']['longer_than']:,} residues; "
+        "95 % intervals over proteins"
+    )
+    found = [(title, ["read in", "accuracy", "lost against the whole"], rows)]
+    windows = list(dict.fromkeys(row["window"] for row in report["distances"]))
+    places = sorted({row["from"] for row in report["distances"]})
+    table: list[list[str]] = []
+    for start in places:
+        line = {row["window"]: row for row in report["distances"] if row["from"] == start}
+        end = next(iter(line.values()))["to"]
+        distance = f"{start} to {end - 1}" if end else f"{start} and more"
+        shown = (_beside(line.get(window)) for window in windows)
+        table.append([distance, *shown])
+    header = ["residues to the nearest cut", *(named(window) for window in windows)]
+    found.append(("Accuracy by distance to the nearest cut / of the whole protein on the same residues", header, table))
+    found.append(
+        ("Does cutting lose accuracy?", ["verdict"], [[row["text"]] for row in report["losses"] if "text" in row])
+    )
+    return found
+
+
+def _beside(row: Figures | None) -> str:
+    return "" if row is None else f"{row['accuracy']:.4f} / {row['whole']:.4f} ({row['residues']:,})"
+
+
+def draw(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Draws what is gained against the whole protein, by the distance to the nearest cut, a line for each window."""
+    if not report["losses"]:
+        return []
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    colours = ("#d1495b", "#edae49", "#2e7d4f", "#1b6ca8", "#7a5195")
+    for place, window in enumerate(dict.fromkeys(row["window"] for row in report["distances"])):
+        points = [
+            (row["from"], row["accuracy"] - row["whole"]) for row in report["distances"] if row["window"] == window
+        ]
+        colour = colours[place % len(colours)]
+        axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=3, label=named(window))
+    axes.axhline(0, color="black", linestyle=":", linewidth=1, label="whole")
+    axes.set_xscale("symlog", base=2, linthresh=8)
+    axes.set_xticks(DISTANCES, [str(distance) for distance in DISTANCES])
+    quick = " (quick settings)" if report["quick"] else ""
+    axes.set(
+        xlabel="residues to the nearest cut", ylabel="accuracy against the whole", title=f"Cutting long proteins{quick}"
+    )
+    axes.legend(frameon=False, fontsize="small")
+    path = folder / "context.png"
+    figure.savefig(path)
+    return [path]
