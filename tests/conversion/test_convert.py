@@ -23,6 +23,8 @@ def test_exact_attention_through_our_path_is_the_original(name: str) -> None:
     """`sparse` with a window that covers everything is exact attention: this proves the wires, not the estimate."""
     model = build(name, *GO[name])
     inputs = inputs_of(model)
+    if model.config.is_encoder_decoder:
+        del inputs["attention_mask"]  # a pattern has no place for queries among the padded keys of another sequence
     before = hidden(model, inputs)
     performers.convert(model, "sparse", stride=64)
     torch.testing.assert_close(hidden(model, inputs), before, atol=1e-5, rtol=1e-4)
@@ -72,6 +74,18 @@ def test_what_linear_attention_cannot_express_is_refused_by_name(name: str) -> N
     model = build(name, config, settings)
     with pytest.raises(UnsupportedError, match=words):
         performers.convert(model, "favor")
+
+
+@pytest.mark.parametrize("attention", ["sparse", "reformer"])
+def test_patterns_and_hashes_refuse_cross_attention_to_padded_keys(attention: str) -> None:
+    model = build("BartForConditionalGeneration", *GO["BartForConditionalGeneration"])
+    performers.convert(model, attention)
+    ids = torch.randint(4, 24, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 9, dtype=torch.long)
+    model(input_ids=ids, decoder_input_ids=ids)
+    mask[0, 5:] = 0
+    with pytest.raises(UnsupportedError, match="cross-attention to padded keys"):
+        model(input_ids=ids, attention_mask=mask, decoder_input_ids=ids)
 
 
 @pytest.mark.parametrize("name", DECODERS)

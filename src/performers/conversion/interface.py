@@ -237,6 +237,7 @@ def _check(
         "attention sinks": kwargs.get("s_aux") is not None,
         "a head mask": kwargs.get("head_mask") is not None,
         "a paged cache": kwargs.get("cache") is not None,
+        "cross-attention to padded keys": name != "favor" and mask is not None and _is_cross_attention(module),
     }
     for what, present in refused.items():
         if present:
@@ -255,6 +256,13 @@ def _check(
             f"{model}: attention dropout is {dropout}, but there are no attention weights to drop. Set the attention dropout "
             f"of the configuration to 0.0 (performers.convert does)."
         )
+
+
+def _is_cross_attention(module: nn.Module) -> bool:
+    """Whether queries and keys are of two sequences: then a query has no place among the keys, which patterns and hashes need."""
+    is_causal = getattr(module, "is_causal", True)
+    named = getattr(module, "is_cross_attention", "CrossAttention" in type(module).__name__)
+    return named or (getattr(module, "is_decoder", False) and not is_causal)
 
 
 def _attend(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from performers.attention import MECHANISMS
+from performers.attention import MECHANISMS, ExactAttention, FavorAttention
 from performers.conversion.wiring import layer_numbers
 from performers.errors import InputError, UnsupportedError
 from performers.randomness import derive_seed
@@ -69,6 +69,7 @@ class LinearMultiheadAttention(nn.MultiheadAttention):
             raise UnsupportedError(
                 "MultiheadAttention: nested tensors cannot be used here: pad them, with key_padding_mask."
             )
+        is_cross_attention = key is not query
         batched = query.dim() == 3
         if not batched:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
@@ -79,6 +80,15 @@ class LinearMultiheadAttention(nn.MultiheadAttention):
         if attn_mask is not None:
             _check_causal(attn_mask, query.shape[1], key.shape[1])
         mechanism = self.__dict__[_MECHANISM]
+        if (
+            is_cross_attention
+            and key_padding_mask is not None
+            and not isinstance(mechanism, FavorAttention | ExactAttention)
+        ):
+            raise UnsupportedError(
+                f"MultiheadAttention: cross-attention to padded keys cannot be expressed by {type(mechanism).__name__}, which "
+                "needs queries and keys of one sequence."
+            )
         if next((tensor.device for tensor in mechanism.buffers()), query.device) != query.device:
             mechanism.to(query.device)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in self._projected(query, key, value))
