@@ -112,3 +112,10 @@ def _parameter(key: str, field: Any, positional: bool) -> inspect.Parameter:
     return inspect.Parameter(
         key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
+
+
+def print_tables(tables: list[tuple[str, list[str], list[list[str]]]]) -> None:
+    """Prints tables of a title, a header and rows to stdout."""
+    for title, header, rows in tables:
+        print(f"\n{title}")
+        table(header, rows)

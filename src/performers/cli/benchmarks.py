@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from performers.cli.application import Device, Dtype, Json, Seed, Threads, app, listed, numbers, table
+from performers.cli.application import Device, Dtype, Json, Seed, Threads, app, listed, numbers, print_tables, table
 
 benchmark = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Measure time, memory and quality on this machine."
@@ -158,7 +158,7 @@ def benchmark_attention(
         seed=seed,
         max_minutes=max_minutes,
     )
-    _print_report(measure_attention(settings, output, restart=restart), tables, output, as_json)
+    print_report(measure_attention(settings, output, restart=restart), tables, output, as_json)
 
 
 @benchmark.command("approximation")
@@ -212,7 +212,7 @@ def benchmark_approximation(
         seed=seed,
     )
     report = measure_approximation(settings, output, notes=notes, restart=restart)
-    _print_report(report, lambda report: tables(report, error), output, as_json)
+    print_report(report, lambda report: tables(report, error), output, as_json)
 
 
 Systems = Annotated[
@@ -316,7 +316,7 @@ def benchmark_cost(
         seed=seed,
         max_minutes=max_minutes,
     )
-    _print_report(measure_cost(settings, output, quick=quick, restart=restart), tables, output, as_json)
+    print_report(measure_cost(settings, output, quick=quick, restart=restart), tables, output, as_json)
 
 
 @benchmark.command("concatenated")
@@ -371,7 +371,7 @@ def benchmark_concatenated(
         threads=threads,
         seed=seed,
     )
-    _print_report(measure_concatenated(settings, output, quick=quick, restart=restart), tables, output, as_json)
+    print_report(measure_concatenated(settings, output, quick=quick, restart=restart), tables, output, as_json)
 
 
 @benchmark.command("quality")
@@ -438,7 +438,7 @@ def benchmark_quality(
         threads=threads,
         seed=seed,
     )
-    _print_report(measure_quality(settings, output, quick=quick, restart=restart), tables, output, as_json)
+    print_report(measure_quality(settings, output, quick=quick, restart=restart), tables, output, as_json)
 
 
 @benchmark.command("context")
@@ -497,7 +497,7 @@ def benchmark_context(
         threads=threads,
         seed=seed,
     )
-    _print_report(measure_context(settings, output, quick=quick, restart=restart), tables, output, as_json)
+    print_report(measure_context(settings, output, quick=quick, restart=restart), tables, output, as_json)
 
 
 @benchmark.command("redraw")
@@ -556,7 +556,7 @@ def benchmark_redraw(
         threads=threads,
         seed=seed,
     )
-    _print_report(measure_redraw(settings, output, quick=quick, restart=restart), tables, output, as_json)
+    print_report(measure_redraw(settings, output, quick=quick, restart=restart), tables, output, as_json)
 
 
 @benchmark.command("recall")
@@ -602,10 +602,10 @@ def benchmark_recall(
         seed=seed,
         max_minutes=max_minutes,
     )
-    _print_report(measure_recall(settings, output, quick=quick, restart=restart), tables, output, as_json)
+    print_report(measure_recall(settings, output, quick=quick, restart=restart), tables, output, as_json)
 
 
-def _print_report(
+def print_report(
     report: dict[str, Any],
     tables: Callable[[dict[str, Any]], list[tuple[str, list[str], list[list[str]]]]],
     output: str,
@@ -615,9 +615,7 @@ def _print_report(
     if as_json:
         print(json.dumps(report))
     else:
-        for title, header, rows in tables(report):
-            print(f"\n{title}")
-            table(header, rows)
+        print_tables(tables(report))
         print(f"\nThe report and the pictures are in {output}.")
         for note in report["notes"]:
             print(note)

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from performers.cli.application import Device, Json, Output, Seed, Threads, app, listed, numbers, table
-from performers.cli.benchmarks import benchmark
+from performers.cli.application import Device, Json, Output, Seed, Threads, app, listed, numbers, print_tables, table
+from performers.cli.benchmarks import benchmark, print_report
 from performers.errors import InputError
 from performers.folders import check_unused, sealed_folder, write_file
 
@@ -157,7 +157,7 @@ def calibrate(
         return
     from performers.conversion.calibration import summary, tables
 
-    _print_tables(tables(report))
+    print_tables(tables(report))
     print()
     for sentence in summary(report):
         print(sentence)
@@ -225,16 +225,7 @@ def benchmark_conversion(
         threads=threads,
         seed=seed,
     )
-    report = measure_conversion(settings, output, quick=quick, restart=restart)
-    if as_json:
-        print(json.dumps(report))
-    else:
-        _print_tables(tables(report))
-        print(f"\nThe report and the pictures are in {output}.")
-        for note in report["notes"]:
-            print(note)
-    if report["failed"]:
-        raise typer.Exit(3)
+    print_report(measure_conversion(settings, output, quick=quick, restart=restart), tables, output, as_json)
 
 
 def _converted(
@@ -296,9 +287,3 @@ def _layer_numbers(layers: str) -> Any:
 
 def _note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _print_tables(tables: list[tuple[str, list[str], list[list[str]]]]) -> None:
-    for title, header, rows in tables:
-        print(f"\n{title}")
-        table(header, rows)
