@@ -219,7 +219,7 @@ def test_a_small_file_that_expands_to_a_huge_record_is_refused_in_little_memory(
     assert bomb.stat().st_size < 2**20 * 1.2
     code = (
         "import sys\n"
-        "from performers.benchmarks.isolation import peak_memory\n"
+        "from performers.memory import peak_memory\n"
         "from performers.cli import main\n"
         "try:\n    main()\n"
         "finally:\n    print('torch' in sys.modules, peak_memory())\n"

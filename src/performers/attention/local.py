@@ -122,3 +122,8 @@ class LocalAttention(Mechanism):
     def has_fixed_causal_state(self) -> bool:
         """Always: the last w - 1 tokens."""
         return True
+
+    @property
+    def needs_one_sequence(self) -> bool:
+        """Always: the window is one of positions."""
+        return True

@@ -62,6 +62,11 @@ class Mechanism(nn.Module):
         return self.has_fixed_state
 
     @property
+    def needs_one_sequence(self) -> bool:
+        """Whether a query has a place among the keys, as patterns and hashes give it: both are then of one sequence."""
+        return False
+
+    @property
     def shares_query_and_key(self) -> bool:
         """Whether its queries are its keys, so that a model leaves the projection of keys out."""
         return False

@@ -280,6 +280,11 @@ class ReformerAttention(Mechanism):
         return True
 
     @property
+    def needs_one_sequence(self) -> bool:
+        """Always: a token is hashed in the order of its sequence."""
+        return True
+
+    @property
     def shares_query_and_key(self) -> bool:
         """Always: shared-QK attention."""
         return True

@@ -190,3 +190,8 @@ class SparseAttention(Mechanism):
         return sparse_attention(
             query, key, value, pattern=self.pattern, stride=self.stride, summary=self.summary, **arguments
         )
+
+    @property
+    def needs_one_sequence(self) -> bool:
+        """Always: the pattern is one of positions."""
+        return True

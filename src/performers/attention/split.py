@@ -140,6 +140,11 @@ class SplitAttention(Mechanism):
         return self.first.has_fixed_causal_state and self.second.has_fixed_causal_state
 
     @property
+    def needs_one_sequence(self) -> bool:
+        """Whether either half does."""
+        return self.first.needs_one_sequence or self.second.needs_one_sequence
+
+    @property
     def shares_query_and_key(self) -> bool:
         """Whether both halves do."""
         return self.first.shares_query_and_key and self.second.shares_query_and_key

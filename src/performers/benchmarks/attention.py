@@ -32,6 +32,7 @@ from performers.benchmarks.experiment import (
     Figures,
     logarithmic_axes,
     measure_cells,
+    short_length,
 )
 from performers.benchmarks.isolation import RETURN_FREED_MEMORY, available_memory, run_alone, was_killed
 from performers.errors import InputError, MissingExtraError, RunError
@@ -525,7 +526,7 @@ def draw(report: dict[str, Any], folder: Path) -> list[Path]:
                 )
                 memory_axes.plot(list(floor), needed, "k--", linewidth=1)
                 for axes, label in ((time_axes, "seconds"), (memory_axes, "peak memory (MB)")):
-                    logarithmic_axes(axes, list(floor), [_short(length) for length in floor])
+                    logarithmic_axes(axes, list(floor), [short_length(length) for length in floor])
                     axes.set(xlabel="sequence length (tokens)", ylabel=label)
                 threads = ours[0]["threads_used"]
                 where = ours[0]["device_name"] or f"{threads} CPU thread{'s' if threads > 1 else ''}"
@@ -539,10 +540,3 @@ def draw(report: dict[str, Any], folder: Path) -> list[Path]:
                 figure.savefig(path)
                 paths.append(path)
     return paths
-
-
-def _short(length: int) -> str:
-    for size, letter in ((2**20, "M"), (2**10, "k")):
-        if length % size == 0:
-            return f"{length // size}{letter}"
-    return str(length)

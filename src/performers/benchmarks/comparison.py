@@ -14,7 +14,7 @@ import math
 import shutil
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -186,6 +186,40 @@ def prepare_proteins(
         build_corpus([str(kept)], corpus)
         kept.unlink()
     return Proteins(key, str(corpus), validation, {"random": [str(random)], **tests})
+
+
+@dataclass(frozen=True)
+class ComparisonSettings:
+    """What all experiments have settings for that train systems on proteins.
+
+    Attributes:
+        sources, labels, held_out: as in `prepare_proteins`.
+        recipe: what all runs share.
+        seeds: of the runs.
+        score_proteins: proteins of each set that are scored.
+        device, threads: also in the recipe.
+        seed: of the data.
+    """
+
+    sources: Sequence[str] = ()
+    labels: str | None = None
+    held_out: int = 500
+    recipe: Recipe = field(default_factory=Recipe)
+    seeds: Sequence[int] = (1, 2, 3)
+    score_proteins: int = 500
+    device: str = "cpu"
+    threads: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise InputError("--seeds: expected at least one.")
+
+    def proteins(self, folder: Path) -> Proteins:
+        """`prepare_proteins` with these settings, in the folder of the experiment."""
+        return prepare_proteins(
+            folder, self.sources, self.labels, held_out=self.held_out, seed=self.seed, threads=self.threads
+        )
 
 
 def speed_cell(recipe: Recipe, proteins: Proteins, system: str, objective: str) -> Cell:

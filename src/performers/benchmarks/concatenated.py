@@ -16,10 +16,9 @@ from typing import Any
 
 from performers.benchmarks.comparison import (
     MAX_STEP_MINUTES,
+    ComparisonSettings,
     Proteins,
-    Recipe,
     measure_speed,
-    prepare_proteins,
     recipe_and_rest,
     run_cell,
     speed_cell,
@@ -41,8 +40,8 @@ _SHRUNK = tuple({"heads": 8, "layers": layers, "d_ff": 256, "d": 256} for layers
 
 
 @dataclass(frozen=True)
-class ConcatenatedSettings:
-    """What `measure_concatenated` measures.
+class ConcatenatedSettings(ComparisonSettings):
+    """What `measure_concatenated` measures, beside what all comparisons have; the recipe is Performer's.
 
     Attributes:
         size: heads, layers, d_ff and d of the regular model.
@@ -54,12 +53,7 @@ class ConcatenatedSettings:
         minutes: of training, for each; 0 trains nothing.
         batch_size: of the training.
         others: systems that are trained beside Performer and its rival, at the regular size.
-        learning_rate, seeds: of the training.
-        sources, labels, held_out: as in `prepare_proteins`.
-        recipe: of the training, Performer's.
-        score_proteins: proteins of each set that are scored.
-        device, threads: also in the recipe.
-        seed: of the data.
+        learning_rate: of the training.
     """
 
     size: dict[str, int] = field(default_factory=lambda: dict(SIZES["regular"]))
@@ -73,14 +67,7 @@ class ConcatenatedSettings:
     others: Sequence[str] = ("transformer",)
     learning_rate: float = 1e-3
     seeds: Sequence[int] = (1,)
-    sources: Sequence[str] = ()
-    labels: str | None = None
-    held_out: int = 500
-    recipe: Recipe = field(default_factory=Recipe)
     score_proteins: int = 200
-    device: str = "cpu"
-    threads: int | None = None
-    seed: int = 0
 
     @classmethod
     def of_size(cls, quick: bool, **given: Any) -> ConcatenatedSettings:
@@ -115,8 +102,6 @@ class ConcatenatedSettings:
         for value in settings.recomputations:
             if value not in RECOMPUTATIONS:
                 raise InputError(f"--recompute {value}: expected some of {', '.join(RECOMPUTATIONS)}, with commas.")
-        if not settings.seeds:
-            raise InputError("--seeds: expected at least one.")
         return settings
 
 
@@ -154,14 +139,7 @@ def measure_concatenated(
         ]
         contestants: list[Figures] = []
         if settings.minutes:
-            proteins = prepare_proteins(
-                experiment.log.folder,
-                settings.sources,
-                settings.labels,
-                held_out=settings.held_out,
-                seed=settings.seed,
-                threads=settings.threads,
-            )
+            proteins = settings.proteins(experiment.log.folder)
             contestants = _train(settings, experiment, proteins)
         return experiment.report(draw, memory=memory, contestants=contestants)
 

@@ -29,6 +29,7 @@ from performers.benchmarks.experiment import (
     Figures,
     extrapolated,
     logarithmic_axes,
+    short_length,
 )
 from performers.benchmarks.isolation import RETURN_FREED_MEMORY, available_memory, run_alone, was_killed
 from performers.benchmarks.systems import SYSTEMS, check_systems
@@ -405,9 +406,7 @@ def draw(report: dict[str, Any], folder: Path) -> list[Path]:
                             kind = {"color": SYSTEMS[system].colour, "markersize": 3, "linewidth": 1.2}
                             label = SYSTEMS[system].title if measure == "time" else None
                             axes.plot(*zip(*points, strict=True), style, label=label, **kind)
-                    logarithmic_axes(
-                        axes, shown, [f"{length // 1024}k" if length >= 1024 else str(length) for length in shown]
-                    )
+                    logarithmic_axes(axes, shown, [short_length(length) for length in shown])
                     axes.set(
                         xlabel="sequence length (tokens)",
                         ylabel="seconds" if measure == "time" else "peak memory of the process (GiB)",

@@ -292,6 +292,14 @@ def logarithmic_axes(axes: Any, ticks: Sequence[float], labels: Sequence[str]) -
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def short_length(length: int) -> str:
+    """A length for the tick of an axis: 64k, 1M."""
+    for size, letter in ((2**20, "M"), (2**10, "k")):
+        if length % size == 0:
+            return f"{length // size}{letter}"
+    return str(length)
+
+
 def describe_machine() -> dict[str, Any]:
     """What a measurement depends on besides the code: processor, cores, memory, and the versions of the libraries."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -16,19 +16,7 @@ from typing import Any
 
 from performers.benchmarks.experiment import NO_ROOM
 from performers.errors import InputError, PerformersError, RunError
-from performers.memory import forget_peak, peak_memory, resident_memory, status
-
-__all__ = [
-    "RETURN_FREED_MEMORY",
-    "available_memory",
-    "forget_peak",
-    "or_no_room",
-    "peak_memory",
-    "refuse_beyond_available_memory",
-    "resident_memory",
-    "run_alone",
-    "was_killed",
-]
+from performers.memory import peak_memory, status
 
 _MARK = "figures: "
 # For measurements of memory: glibc keeps freed memory for itself otherwise, and the peak would count it.

@@ -10,7 +10,7 @@ which is better than Reformer, in distribution) is confirmed, refuted or undecid
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,13 @@ from performers.benchmarks.comparison import (
     MEANINGFUL_GAIN,
     OBJECTIVES,
     SETS,
+    ComparisonSettings,
     Proteins,
-    Recipe,
     Spread,
     Verdict,
     all_of,
     is_above,
     measure_speed,
-    prepare_proteins,
     recipe_and_rest,
     run_cell,
     speed_cell,
@@ -43,38 +42,26 @@ _REFERENCE = "transformer"
 
 
 @dataclass(frozen=True)
-class QualitySettings:
-    """What `measure_quality` measures.
+class QualitySettings(ComparisonSettings):
+    """What `measure_quality` measures, beside what all comparisons have.
 
     Attributes:
         systems: names in `SYSTEMS`.
         objectives: "mlm", "clm".
         budgets: "steps", "time".
-        sources, labels, held_out: as in `prepare_proteins`.
-        recipe: what all runs share.
         steps: of a run, at equal steps.
         learning_rates: that each system tries.
         trial_steps: of a trial.
-        seeds: of the runs; trials have one of their own.
-        score_proteins: proteins of each set that are scored.
-        device, threads, seed: also in the recipe; the seed is of the data and of the trials.
+
+    Trials have a seed of their own, made of `seed`.
     """
 
     systems: Sequence[str] = LEARNERS
     objectives: Sequence[str] = ("mlm", "clm")
     budgets: Sequence[str] = ("steps", "time")
-    sources: Sequence[str] = ()
-    labels: str | None = None
-    held_out: int = 500
-    recipe: Recipe = field(default_factory=Recipe)
     steps: int = 6000
     learning_rates: Sequence[float] = (1e-3, 2e-3, 4e-3)
     trial_steps: int = 1200
-    seeds: Sequence[int] = (1, 2, 3)
-    score_proteins: int = 500
-    device: str = "cpu"
-    threads: int | None = None
-    seed: int = 0
 
     @classmethod
     def of_size(cls, quick: bool, **given: Any) -> QualitySettings:
@@ -98,7 +85,6 @@ class QualitySettings:
                     raise InputError(f"{option} {value}: expected some of {', '.join(known)}, with commas.")
         for option, values in (
             ("--system", settings.systems),
-            ("--seeds", settings.seeds),
             ("--learning-rate", settings.learning_rates),
         ):
             if not values:
@@ -127,14 +113,7 @@ def measure_quality(
     """
     arguments = asdict(settings)
     with Experiment("quality", arguments, output, quick=quick, restart=restart) as experiment:
-        proteins = prepare_proteins(
-            experiment.log.folder,
-            settings.sources,
-            settings.labels,
-            held_out=settings.held_out,
-            seed=settings.seed,
-            threads=settings.threads,
-        )
+        proteins = settings.proteins(experiment.log.folder)
         chosen = _choose(settings, proteins, experiment)
         runs = [
             _run(settings, proteins, choice["system"], choice["objective"], steps, choice["learning_rate"], seed)

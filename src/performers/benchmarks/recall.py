@@ -27,6 +27,7 @@ from performers.benchmarks.experiment import (
     Experiment,
     Figures,
     extrapolated,
+    short_length,
 )
 from performers.benchmarks.systems import SYSTEMS, architecture, check_systems
 from performers.errors import InputError
@@ -342,7 +343,7 @@ def draw(report: dict[str, Any], folder: Path) -> list[Path]:
             axes.errorbar(places, shares, yerr=width, fmt="o-", label=SYSTEMS[system].title, **kind)
     axes.axhline(CHANCE, color="black", linestyle=":", linewidth=1, label="chance")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [f"{length // 1024}k" if length >= 1024 else str(length) for length in lengths])
+    axes.set_xticks(lengths, [short_length(length) for length in lengths])
     quick = " (quick settings)" if report["quick"] else ""
     axes.set(xlabel="sequence length (tokens)", ylabel="share of right answers", title=f"Associative recall{quick}")
     axes.legend(frameon=False, fontsize="x-small")

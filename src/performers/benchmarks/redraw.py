@@ -7,7 +7,7 @@ twice: with features redrawn every so many steps, and with those it began with. 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,9 @@ from performers.benchmarks.comparison import (
     OBJECTIVES,
     REFUTED,
     SETS,
-    Recipe,
+    ComparisonSettings,
     Spread,
     is_above,
-    prepare_proteins,
     recipe_and_rest,
     run_cell,
     train,
@@ -31,34 +30,19 @@ SYSTEM = "performer-softmax"
 
 
 @dataclass(frozen=True)
-class RedrawSettings:
-    """What `measure_redraw` measures.
+class RedrawSettings(ComparisonSettings):
+    """What `measure_redraw` measures, beside what all comparisons have.
 
     Attributes:
         intervals: steps between redraws; 0 is never and has to be among them.
         objective: "mlm" or "clm".
-        sources, labels, held_out: as in `prepare_proteins`.
-        recipe: what all runs share.
         steps, learning_rate: of a run.
-        seeds: of the runs.
-        score_proteins: proteins of each set that are scored.
-        device, threads: also in the recipe.
-        seed: of the data.
     """
 
     intervals: Sequence[int] = (0, 100, 1000)
     objective: str = "mlm"
-    sources: Sequence[str] = ()
-    labels: str | None = None
-    held_out: int = 500
-    recipe: Recipe = field(default_factory=Recipe)
     steps: int = 6000
     learning_rate: float = 2e-3
-    seeds: Sequence[int] = (1, 2, 3)
-    score_proteins: int = 500
-    device: str = "cpu"
-    threads: int | None = None
-    seed: int = 0
 
     @classmethod
     def of_size(cls, quick: bool, **given: Any) -> RedrawSettings:
@@ -73,8 +57,6 @@ class RedrawSettings:
         settings = cls(**recipe_and_rest(quick, defaults, given))
         if 0 not in settings.intervals or len(set(settings.intervals)) < 2 or min(settings.intervals) < 0:
             raise InputError("--redraw-every: expected 0, for never, and at least one positive number of steps.")
-        if not settings.seeds:
-            raise InputError("--seeds: expected at least one.")
         return settings
 
 
@@ -97,14 +79,7 @@ def measure_redraw(
         RunError: nothing could be measured.
     """
     with Experiment("redraw", asdict(settings), output, quick=quick, restart=restart) as experiment:
-        proteins = prepare_proteins(
-            experiment.log.folder,
-            settings.sources,
-            settings.labels,
-            held_out=settings.held_out,
-            seed=settings.seed,
-            threads=settings.threads,
-        )
+        proteins = settings.proteins(experiment.log.folder)
         cells = [
             run_cell(
                 settings.recipe,

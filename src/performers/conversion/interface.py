@@ -237,7 +237,6 @@ def _check(
         "attention sinks": kwargs.get("s_aux") is not None,
         "a head mask": kwargs.get("head_mask") is not None,
         "a paged cache": kwargs.get("cache") is not None,
-        "cross-attention to padded keys": name != "favor" and mask is not None and _is_cross_attention(module),
     }
     for what, present in refused.items():
         if present:
@@ -259,7 +258,7 @@ def _check(
 
 
 def _is_cross_attention(module: nn.Module) -> bool:
-    """Whether queries and keys are of two sequences: then a query has no place among the keys, which patterns and hashes need."""
+    """Whether queries and keys are of two sequences."""
     is_causal = getattr(module, "is_causal", True)
     named = getattr(module, "is_cross_attention", "CrossAttention" in type(module).__name__)
     return named or (getattr(module, "is_decoder", False) and not is_causal)
@@ -291,6 +290,10 @@ def _attend(
         arguments["key_padding_mask"] = attention_mask[:, -key.shape[2] :]
     cache = getattr(key, CACHE, None)
     mechanism = _mechanism(module, name, query)
+    if attention_mask is not None and getattr(mechanism, "needs_one_sequence", False) and _is_cross_attention(module):
+        raise UnsupportedError(
+            f"{type(module).__name__}: cross-attention to padded keys cannot be expressed by attn_implementation={name!r}."
+        )
     if cache is not None:
         out, cache.state = mechanism(query, key, value, state=cache.state, return_state=True, **arguments)
     else:

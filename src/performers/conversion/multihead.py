@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from performers.attention import MECHANISMS, ExactAttention, FavorAttention
+from performers.attention import MECHANISMS
 from performers.conversion.wiring import layer_numbers
 from performers.errors import InputError, UnsupportedError
 from performers.randomness import derive_seed
@@ -80,11 +80,7 @@ class LinearMultiheadAttention(nn.MultiheadAttention):
         if attn_mask is not None:
             _check_causal(attn_mask, query.shape[1], key.shape[1])
         mechanism = self.__dict__[_MECHANISM]
-        if (
-            is_cross_attention
-            and key_padding_mask is not None
-            and not isinstance(mechanism, FavorAttention | ExactAttention)
-        ):
+        if is_cross_attention and key_padding_mask is not None and mechanism.needs_one_sequence:
             raise UnsupportedError(
                 f"MultiheadAttention: cross-attention to padded keys cannot be expressed by {type(mechanism).__name__}, which "
                 "needs queries and keys of one sequence."
