@@ -1,18 +1,28 @@
-"""What mkdocs does beside building the pages: the command line reference, written by the commands themselves."""
+"""What mkdocs does beside building the pages: the command line reference, written by the commands, and the models' figures."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import typer
 from typer.testing import CliRunner
 
 COMMAND_LINE = "<!-- command-line-reference -->"
+FIGURES = re.compile(r"<!-- figures of (performers/[\w-]+) -->")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by mkdocs for every page."""
+    markdown = FIGURES.sub(lambda found: figures_of(found[1]), markdown)
     return markdown.replace(COMMAND_LINE, command_line_reference()) if COMMAND_LINE in markdown else markdown
+
+
+def figures_of(model: str) -> str:
+    """What the card of a bundled model says of its accuracy, without its headings."""
+    from performers.models.bundled import describe
+
+    return describe(model).card.partition("<!-- figures -->")[2].partition("<!-- /figures -->")[0].strip()
 
 
 def command_line_reference() -> str:

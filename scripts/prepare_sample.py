@@ -51,10 +51,13 @@ unannotated, not free of families.
 | file | proteins | residues | what |
 |---|---|---|---|
 {rows}
+| `random.fasta.gz` | 946 | 365,844 | drawn at random from what the bundled models were trained on, and left out of it |
 | `families.tsv.gz` | {labelled:,} | | accession, Pfam family, name; one row per protein and family |
 
 Prepared by `scripts/prepare_sample.py`: identical sequences were removed first, clusters are those of MMseqs2 at 50 % identity,
-and no protein of the held-out sets aligns with a training protein at 50 % identity or more over 80 % of its length.
+and no protein of the validation, test and ood sets aligns with one of the sample's training set at 50 % identity or more over
+80 % of its length.
+`random.fasta.gz` comes from `scripts/prepare_pretraining.py`; its proteins have relatives in training, and are in no other set.
 """
 
 DESCRIPTIONS = {

@@ -319,6 +319,69 @@ def test_a_reordered_state_serves_the_reordered_batch(case: Case) -> None:
     assert_close(direct / kappa, whole.double() / kappa, 1e-5 if case.positive else 1e-4, "output after reordering")
 
 
+# Whose states other sequences can read, all of them: half of a split layer is a window.
+SUMMED_CASES = [case for case in CASES if case.make(24, 50).shared_kinds and not case.name.startswith("split")]
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("case", SUMMED_CASES, ids=str)
+def test_states_summed_in_any_order_are_all_their_keys(case: Case, is_causal: bool) -> None:
+    mechanism = case.make(24, 50)
+    q, k, v, _ = draw(Cell(case, 120, 24, 50, torch.float32, True, "plain"))
+    kappa = condition(case, mechanism, q, k, is_causal=is_causal)[:, :, 70:].unsqueeze(-1)
+    upstream = torch.randn(2, 2, 50, 20, generator=torch.Generator().manual_seed(5)) * (kappa < 30)
+
+    def read(parts: list[slice]) -> list[Tensor]:
+        """Outputs and gradients of the last 50 queries, which see their own keys and the summed states of the parts."""
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        own = [x[:, :, 70:] for x in inputs]
+        if not parts:
+            out = mechanism(own[0], *inputs[1:], is_causal=is_causal)
+        else:
+            states = [mechanism(*(x[:, :, part] for x in inputs), return_state=True)[1] for part in parts]
+            weights = torch.eye(2).repeat(1, len(parts))  # row r of the sum is of row r of each
+            out = mechanism(*own, is_causal=is_causal, state=states[0].joined(states[1:]).mixed(weights))
+        return [out / kappa, *torch.autograd.grad(out, inputs, upstream.float())]
+
+    value, gradient = (1e-5, 3e-5) if case.positive else (3e-4, 3e-2)
+    direct = read([])
+    for parts in ([slice(0, 70)], [slice(0, 31), slice(31, 70)], [slice(31, 70), slice(0, 31)]):
+        for name, found, expected in zip(("out", *"qkv"), read(parts), direct, strict=True):
+            tolerance = value if name == "out" else gradient
+            # Queries before the last 50 have read their part, and nobody asks what they saw.
+            assert_close(found, expected.double(), tolerance, f"{name} of {len(parts)} parts")
+
+
+_PARTS = (slice(0, 80), slice(80, 120))
+
+
+@pytest.mark.parametrize("case", [favor("relu", kernel="relu"), favor("softmax", kernel="softmax")], ids=str)
+def test_states_are_summed_in_float32_whatever_autocast_says(case: Case) -> None:
+    mechanism = case.make(24, 50)
+    q, k, v, _ = draw(Cell(case, 120, 24, 50, torch.float32, True, "plain"))
+    _, state = mechanism(q, k, v, return_state=True)
+    plain = state.mixed(torch.ones(1, 2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = state.mixed(torch.ones(1, 2))
+    for one, other in zip(plain.tensors(), under_autocast.tensors(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("case", [case for case in SUMMED_CASES if case.has_features], ids=str)
+def test_a_state_taken_out_of_a_sum_leaves_the_others(case: Case) -> None:
+    mechanism = case.make(24, 50)
+    q, k, v, _ = draw(Cell(case, 120, 24, 50, torch.float32, True, "plain"))
+    states = [mechanism(*(x[:, :, part] for x in (q, k, v)), return_state=True)[1] for part in _PARTS]
+    both = states[0].joined(states[1:]).mixed(torch.eye(2).repeat(1, 2))
+    rest = both.joined(states[1:]).mixed(torch.cat([torch.eye(2), -torch.eye(2)], 1))
+    nothing = q[:, :, :0]
+    first = mechanism(q, nothing, nothing[..., :20], state=states[0])
+    kappa = condition(case, mechanism, q, k[:, :, _PARTS[0]]).unsqueeze(-1)
+    assert_close(
+        mechanism(q, nothing, nothing[..., :20], state=rest) / kappa, first.double() / kappa, 2e-4, "what is left"
+    )
+
+
 # At a scale s the exponents reach s^2 sqrt(D): float32 rounds them to about 1e-4 at 20.
 EXTREMES = [(torch.float32, 20.0, 2e-3), (torch.bfloat16, 8.0, 2e-2), (torch.float16, 8.0, 4e-3)]
 

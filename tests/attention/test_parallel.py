@@ -65,10 +65,11 @@ def _on_each(rank: int, size: int, rendezvous: str, results: str) -> None:
         out = sharded_favor_attention(*inputs, features, group, **arguments)
         found.append(_gradients(out, inputs, d_out))
     sent = group.bytes_sent
-    group.check_agreement("the projection", FavorFeatures(16, 32, seed=0).projection)
+    group.check_agreement({"the projection": FavorFeatures(16, 32, seed=0).projection})
     disagreement = ""
     try:
-        group.check_agreement("the projection", FavorFeatures(16, 32, seed=rank).projection)
+        same, other = FavorFeatures(16, 32, seed=0).projection, FavorFeatures(16, 32, seed=rank).projection
+        group.check_agreement({"what is the same": same, "the projection": other})
     except RunError as error:
         disagreement = str(error)
     torch.save({"found": found, "disagreement": disagreement, "sent": sent}, f"{results}-{rank}")

@@ -151,7 +151,6 @@ def test_bad_input_is_status_2_and_one_line_that_names_the_file(
         (["pretrain", "--unknown", "1"], "--unknown"),
         (["pretrain", "-o", "x"], "input is missing"),
         (["dance"], "dance"),
-        (["evaluate", "-i", "bundled:test"], "--model"),
         (["pretrain", "-i", "bundled:test", "-o", "x", "--architecture", "hidden_size"], "KEY=VALUE"),
         (["pretrain", "--config", "none.yaml"], "none.yaml"),
         (["pretrain", "-i", "bundled:nowhere", "-o", "x"], "nowhere"),

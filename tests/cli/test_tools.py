@@ -92,7 +92,6 @@ def test_records_that_fail_are_listed_and_the_status_says_so(run: Run, short: Pa
 
 
 def test_what_embed_cannot_do_is_one_line(run: Run, model: Path, short: Path, fasta: Path, tmp_path: Path) -> None:
-    refused(run("embed", "-i", fasta, "-o", tmp_path / "e.npz"), "No --model was given")
     refused(run("embed", "-i", fasta, "-o", tmp_path / "e.npz", "--model", "facebook/esm2"), "expected a model folder")
     refused(run("embed", "-i", fasta, "-o", tmp_path / "e.txt", "--model", model), "e.txt", ".h5")
     refused(run("embed", "-i", tmp_path / "none.fasta", "-o", tmp_path / "e.npz", "--model", model), "does not exist")
@@ -106,10 +105,9 @@ def test_what_embed_cannot_do_is_one_line(run: Run, model: Path, short: Path, fa
 def test_a_missing_extra_is_one_line_with_the_command(
     run: Run, model: Path, fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "h5py", None)
-    refused(
-        run("embed", "-i", fasta, "-o", tmp_path / "e.h5", "--model", model), "h5py", "pip install 'performers[hdf5]'"
-    )
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    command = ["embed", "-i", fasta, "-o", tmp_path / "e.parquet", "--model", model]
+    refused(run(*command), "pyarrow", "pip install 'performers[parquet]'")
 
 
 def test_score_prints_statuses_and_agreement_and_is_not_for_clinical_use(run: Run, model: Path, tmp_path: Path) -> None:
@@ -146,7 +144,6 @@ def test_what_score_cannot_do_is_one_line(run: Run, model: Path, tmp_path: Path)
     refused(run(*command, "--saturate"), "--wild-type")
     refused(run(*command, "--saturate", "--wild-type", "MK1"), "neither a file nor a sequence")
     refused(run(*command, "--wild-type", "MKT", "--variants", tmp_path / "none.csv"), "none.csv does not exist")
-    refused(run("score", "--saturate", "--wild-type", "MKT", "-o", tmp_path / "s.csv"), "No --model was given")
     refused(run("score", "--saturate", "--wild-type", "MKT", "-o", tmp_path / "s", "--model", model), ".csv")
 
 

@@ -171,7 +171,7 @@ def test_no_rows_are_an_empty_batch(proteins: Corpus) -> None:
 def test_contexts_that_cannot_be_are_refused(proteins: Corpus) -> None:
     with pytest.raises(InputError, match="expected at least 3"):
         Contexts(proteins, 2)
-    with pytest.raises(InputError, match="expected 'packed' or 'concatenated'"):
+    with pytest.raises(InputError, match="expected 'packed', 'concatenated' or 'related'"):
         Contexts(proteins, 512, "padded")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="fewer than one context of 1,000,000; expected a smaller --context"):
         Contexts(proteins, 1_000_000, "concatenated")

@@ -29,7 +29,7 @@ def test_a_block_that_is_not_executed_says_why() -> None:
     assert all(len(block.reason or "") > 10 for block in skipped)
     # In the README: the commands that make an environment of their own, a run that takes hours, and a pretrained model.
     readme = [block.code for block in code_blocks(ROOT / "README.md") if block.reason is not None]
-    commands = [["make", "demo"], ["python", "-m"], ["performers", "pretrain"], ["model", "="]]
+    commands = [["pip", "install"], ["make", "demo"], ["python", "-m"], ["performers", "pretrain"], ["model", "="]]
     assert [code.split()[:2] for code in readme] == commands
 
 

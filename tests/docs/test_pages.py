@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import performers
+from performers.models.bundled import bundled_names, describe
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -36,11 +37,20 @@ def test_the_documentation_builds_without_a_warning(site: Path) -> None:
 def test_the_command_line_reference_names_every_command(site: Path) -> None:
     page = (site / "command-line" / "index.html").read_text(encoding="utf-8")
     papers = ("cost", "concatenated", "quality", "context", "redraw", "recall")
-    benchmarks = (f"benchmark {name}" for name in ("training", "attention", "approximation", "conversion", *papers))
-    tools = ("embed", "score", "convert", "calibrate", "distil")
-    for command in ("pretrain", "evaluate", "split", *tools, *benchmarks):
+    of_tools = ("contacts", "corpus", "design", "family", "finetuning", "interactions")
+    names = ("training", "attention", "approximation", "conversion", *papers, *of_tools)
+    tools = ("embed", "score", "contacts", "finetune", "predict", "generate", "read", "report", "models list")
+    tools += ("interact train", "interact predict", "convert", "calibrate", "distil", "corpus build")
+    for command in ("pretrain", "evaluate", "split", *tools, *(f"benchmark {name}" for name in names)):
         assert f">performers {command}<" in page
     assert "--resume-from" in page
+
+
+def test_the_page_of_the_models_shows_the_figures_of_their_cards(site: Path) -> None:
+    page = (site / "models" / "index.html").read_text(encoding="utf-8")
+    for name in bundled_names():
+        for figures in describe(name).held_out.values():
+            assert f"{figures['accuracy']:.2%}" in page
 
 
 def test_every_public_name_is_in_the_python_reference(site: Path) -> None:

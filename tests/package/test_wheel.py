@@ -11,10 +11,11 @@ import venv
 import zipfile
 from pathlib import Path
 
+import h5py
 import pytest
 
 ROOT = Path(__file__).parents[2]
-BUNDLED = ("train", "validation", "test", "ood")
+BUNDLED = ("train", "validation", "test", "ood", "random")
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,18 @@ def test_the_wheel_holds_the_sample_with_its_attribution_and_no_tests(wheel: Pat
     assert sum(zipfile.ZipFile(wheel).getinfo(name).compress_size for name in sample) < 6e6
 
 
+def test_the_wheel_holds_the_bundled_models_with_their_cards(wheel: Path) -> None:
+    content = zipfile.ZipFile(wheel)
+    names = set(content.namelist())
+    for model in ("protein-masked", "protein-causal"):
+        folder = f"performers/weights/{model}"
+        files = ("model.safetensors", "config.json", "config.yaml", "tokenizer.json", "README.md", "curve.png")
+        assert {f"{folder}/{file}" for file in (*files, "evaluation.json", "manifest.json")} <= names
+        assert "CC BY 4.0" in content.read(f"{folder}/README.md").decode()
+    weights = [content.getinfo(name).file_size for name in names if name.endswith(".safetensors")]
+    assert 0 < sum(weights) <= 80_000_000
+
+
 def test_the_wheel_runs_outside_the_tree(wheel: Path, tmp_path: Path) -> None:
     # The dependencies are borrowed from the environment that runs the tests; the slow test below installs them for real.
     venv.create(tmp_path / "environment", with_pip=False)
@@ -65,6 +78,17 @@ def test_the_wheel_runs_outside_the_tree(wheel: Path, tmp_path: Path) -> None:
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     assert str(site) in run(python, "-c", "import performers; print(performers.__file__)", cwd=tmp_path)
     assert "pretrain" in run(python.parent / "performers", "--help", cwd=tmp_path)
+    assert "protein-masked" in run(python.parent / "performers", "models", "list", cwd=tmp_path)
+    # The README's first block, where every connection is refused.
+    (site / "offline.py").write_text(
+        "import socket\n\n\ndef refuse(*arguments):\n    raise OSError('there is no network here')\n\n\n"
+        "socket.socket.connect = socket.create_connection = refuse\n"
+    )
+    (site / "offline.pth").write_text("import offline\n")
+    (tmp_path / "proteins.fasta").write_text(">ubiquitin\nMQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGR\n")
+    run(python.parent / "performers", "embed", "-i", "proteins.fasta", "-o", "embeddings.h5", cwd=tmp_path)
+    with h5py.File(tmp_path / "embeddings.h5") as embeddings:
+        assert embeddings["ubiquitin"].shape == (320,)
     assert train_and_evaluate(python, tmp_path)["tokens"] > 0
 
 

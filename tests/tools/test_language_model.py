@@ -13,7 +13,8 @@ from transformers import BertForMaskedLM, EsmForMaskedLM, EsmTokenizer
 
 from performers import PerformerForMaskedLM, PerformerTokenizer
 from performers.data import RESIDUES, Record
-from performers.errors import CheckpointError, InputError, UnsupportedError
+from performers.errors import CheckpointError, UnsupportedError
+from performers.models.bundled import CAUSAL, MASKED, describe
 from performers.tools import LanguageModel
 from performers.tools.language_model import Reading, Unread
 
@@ -160,14 +161,19 @@ def test_want_of_memory_fails_alone(masked: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_model_without_language_or_without_proteins_is_refused(folders: Folders, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="No --model was given"):
-        LanguageModel.open(None)
     with pytest.raises(CheckpointError, match="expected a model folder"):
         LanguageModel.open(tmp_path)
     BertForMaskedLM.from_pretrained(folders("bert")).save_pretrained(tmp_path / "words")
     with pytest.raises((CheckpointError, UnsupportedError)) as caught:
         LanguageModel.open(tmp_path / "words")
     assert "\n" not in str(caught.value)
+
+
+def test_the_bundled_models_are_opened_where_none_is_given() -> None:
+    masked, causal = LanguageModel.open(device="cpu"), LanguageModel.open(None, device="cpu", default=CAUSAL)
+    assert (masked.name, masked.is_causal, causal.name, causal.is_causal) == (MASKED, False, CAUSAL, True)
+    assert masked.can_mask
+    assert masked.trained_length == describe(MASKED).context
 
 
 def test_a_pickle_is_never_opened(tmp_path: Path) -> None:

@@ -7,10 +7,17 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-from performers.tools import embed_to, jobs, score_to
+import torch
+
+from performers.tools import contacts_to, embed_to, generate_to, jobs, score_to
 from performers.tools.tool import Tool
 
-TOOLS: dict[str, Callable[..., Any]] = {"embed": embed_to, "score": score_to}
+TOOLS: dict[str, Callable[..., Any]] = {
+    "contacts": contacts_to,
+    "embed": embed_to,
+    "generate": generate_to,
+    "score": score_to,
+}
 
 
 def run_and_die(tool: str, arguments: dict[str, Any], event: int, shard_tokens: int) -> None:
@@ -46,3 +53,26 @@ def run_and_be_interrupted(tool: str, arguments: dict[str, Any], shard_tokens: i
 
     jobs._Work.save = interrupted  # pyright: ignore[reportAttributeAccessIssue]
     TOOLS[tool](**arguments)
+
+
+def run_as_rank(arguments: dict[str, Any], rank: int, size: int, shard_tokens: int) -> None:
+    """Embeds as process `rank` of `size`, as torchrun starts them."""
+    Tool.shard_tokens = shard_tokens
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
+    torch.set_num_threads(1)
+    embed_to(**arguments)
+
+
+def run_as_rank_and_die(arguments: dict[str, Any], rank: int, size: int, shards: int, shard_tokens: int) -> None:
+    """As `run_as_rank`, and dies by SIGKILL when it has saved some shards."""
+    save, done = jobs._Work.save, 0
+
+    def last_words(*args: Any) -> None:
+        nonlocal done
+        save(*args)
+        done += 1
+        if done == shards:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    jobs._Work.save = last_words  # pyright: ignore[reportAttributeAccessIssue]
+    run_as_rank(arguments, rank, size, shard_tokens)

@@ -94,6 +94,15 @@ def test_resuming_across_a_redraw_gives_the_same_bits_and_evaluation_redraws_not
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_muon_lowers_the_loss_and_goes_on_to_the_same_bits(tmp_path: Path, train: Train) -> None:
+    changes = {"steps": 40, "checkpoint_every": 20, "keep": 10, "learning_rate": 3e-3, "evaluate_every": 0}
+    train(tmp_path / "whole", optimizer="muon", **changes)
+    assert np.mean(losses(tmp_path / "whole")[-10:]) < np.mean(losses(tmp_path / "whole")[:10])
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    train(tmp_path / "again", optimizer="muon", resume_from="step-00000020", **changes)
+    assert outcome(tmp_path / "again") == outcome(tmp_path / "whole")
+
+
 def test_softmax_kernels_are_redrawn_by_default_and_relu_is_not(settings: Settings, tmp_path: Path) -> None:
     for kernel, interval in (("softmax", 1000), ("relu", 0)):
         config = PretrainConfig.parse(settings(tmp_path, kernel=kernel))

@@ -15,7 +15,12 @@ from performers.attention.favor import FavorAttention, FavorState, favor_attenti
 from performers.attention.features import FavorFeatures, UncalibratedWarning
 from performers.attention.local import LocalAttention, local_attention
 from performers.attention.mechanism import Mechanism
-from performers.attention.parallel import SequenceGroup, ring_attention_bytes, sharded_favor_attention
+from performers.attention.parallel import (
+    SequenceGroup,
+    SequenceShard,
+    ring_attention_bytes,
+    sharded_favor_attention,
+)
 from performers.attention.reformer import ReformerAttention, reformer_attention
 from performers.attention.sparse import SparseAttention, sparse_attention, sparse_pattern
 from performers.attention.split import SplitAttention, SplitState
@@ -43,6 +48,7 @@ __all__ = [
     "Mechanism",
     "ReformerAttention",
     "SequenceGroup",
+    "SequenceShard",
     "SparseAttention",
     "SplitAttention",
     "SplitState",

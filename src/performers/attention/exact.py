@@ -6,18 +6,18 @@ costs today. `materialised_attention` writes the matrix out and keeps it for the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from performers.attention.arguments import check_attention_arguments, repeat_heads, segments
 from performers.attention.mechanism import Mechanism
 from performers.attention.visibility import visible_keys
-from performers.errors import InputError
+from performers.errors import InputError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,51 @@ class ExactState:
         """The state of batch rows `index`, (B',) integers: what beam search asks for."""
         index = index.to(self.key.device)
         return ExactState(*(tensor.index_select(0, index) for tensor in (self.key, self.value, self.real)))
+
+    def is_finite(self) -> bool:
+        """Whether its keys and values are."""
+        return bool(self.key.isfinite().all() and self.value.isfinite().all())
+
+    def to(self, device: torch.device) -> ExactState:
+        """The same on a device."""
+        return ExactState(self.key.to(device), self.value.to(device), self.real.to(device))
+
+    def rows(self) -> list[ExactState]:
+        """The state of each row of the batch, as a batch of one."""
+        parts = zip(self.key.split(1), self.value.split(1), self.real.split(1), strict=True)
+        return [ExactState(*row) for row in parts]
+
+    def joined(self, others: Sequence[ExactState]) -> ExactState:
+        """The rows of this state and then those of the others, as long as the longest."""
+        states = [self, *others]
+        missing = [max(state.real.shape[1] for state in states) - state.real.shape[1] for state in states]
+        return ExactState(
+            torch.cat([pad(state.key, (0, 0, 0, more)) for state, more in zip(states, missing, strict=True)]),
+            torch.cat([pad(state.value, (0, 0, 0, more)) for state, more in zip(states, missing, strict=True)]),
+            torch.cat([pad(state.real, (0, more)) for state, more in zip(states, missing, strict=True)]),
+        )
+
+    def mixed(self, weights: Tensor) -> ExactState:
+        """Sums of these states: row r holds the keys and values of every row j with weights[r, j] of 1, in the order of j.
+
+        What sums of FAVOR states are to exact attention. The result has B x L places per row.
+
+        Arguments:
+            weights: (R, B), of zeros and ones: what was read once cannot be read twice, nor taken out again.
+
+        Raises:
+            UnsupportedError: another weight.
+        """
+        if not ((weights == 0) | (weights == 1)).all():
+            raise UnsupportedError(
+                "Keys and values of exact attention are kept or left out: expected weights of 0 and 1."
+            )
+        rows = weights.shape[0]
+        real = (weights.to(self.real.device) == 1)[:, :, None] & self.real
+        key, value = (
+            x.transpose(0, 1).flatten(1, 2).expand(rows, -1, -1, -1) for x in (self.key, self.value)
+        )  # (H, B L, D), for every row
+        return ExactState(key, value, real.flatten(1))
 
     @classmethod
     def after(cls, state: ExactState | None, key: Tensor, value: Tensor, key_padding_mask: Tensor | None) -> ExactState:
@@ -242,6 +287,15 @@ class ExactAttention(Mechanism):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor | tuple[Tensor, ExactState]:
         """As `exact_attention`."""
         return exact_attention(query, key, value, **arguments)
+
+    def shareable(self, state: ExactState) -> ExactState:
+        """All of it."""
+        return state
+
+    @property
+    def shared_kinds(self) -> tuple[type, ...]:
+        """Its own."""
+        return (ExactState,)
 
 
 class MaterialisedAttention(ExactAttention):

@@ -8,8 +8,9 @@ ratio of two estimates and is not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -17,10 +18,13 @@ from torch import Tensor
 from performers.attention.arguments import check_attention_arguments, repeat_heads
 from performers.attention.features import FavorFeatures, Pointwise, attention_scale
 from performers.attention.kernels import StateTensors, attend, check_backend
-from performers.attention.kernels.state import compute_dtype
+from performers.attention.kernels.state import compute_dtype, finite
 from performers.attention.mechanism import Mechanism
 from performers.attention.published import published_attention
 from performers.errors import InputError, UnsupportedError
+
+if TYPE_CHECKING:
+    from performers.attention.parallel import SequenceShard
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,53 @@ class FavorState:
     def reorder(self, index: Tensor) -> FavorState:
         """The state of batch rows `index`, (B',) integers: what beam search asks for."""
         return FavorState(*(tensor.index_select(0, index.to(tensor.device)) for tensor in self.tensors()))
+
+    def is_finite(self) -> bool:
+        """Whether its sums are."""
+        return bool(self.numerator.isfinite().all() and self.denominator.isfinite().all())
+
+    def to(self, device: torch.device) -> FavorState:
+        """The same on a device."""
+        return FavorState(*(tensor.to(device) for tensor in self.tensors()))
+
+    def rows(self) -> list[FavorState]:
+        """The state of each row of the batch, as a batch of one."""
+        return [FavorState(*row) for row in zip(*(tensor.split(1) for tensor in self.tensors()), strict=True)]
+
+    def joined(self, others: Sequence[FavorState]) -> FavorState:
+        """The rows of this state and then those of the others."""
+        of = zip(self.tensors(), *(other.tensors() for other in others), strict=True)
+        return FavorState(*(torch.cat(tensors) for tensors in of))
+
+    def mixed(self, weights: Tensor) -> FavorState:
+        """Sums of these states: row r is that of the rows j, weights[r, j] times each.
+
+        A state summed of others is the state after all of their tokens, in any order: a row of ones reads what all have read, a
+        weight of 0 leaves a state out, and -1 takes one out of a sum that it is in. Differentiable.
+
+        Arguments:
+            weights: (R, B).
+
+        Returns:
+            A state of R rows.
+        """
+        with torch.autocast(self.denominator.device.type, enabled=False):
+            return self._mixed(weights.to(self.denominator))
+
+    def _mixed(self, weights: Tensor) -> FavorState:
+        if not self.log_scale.any():  # plain sums, as of all pointwise kernels
+            numerator, denominator = (torch.tensordot(weights, x, 1) for x in (self.numerator, self.denominator))
+            return FavorState(numerator, denominator, torch.zeros_like(denominator))
+        weights = weights[:, :, None, None]
+        # Of a state that is left out not even the scale counts.
+        scales = torch.where(weights != 0, self.log_scale, -torch.inf)
+        log_scale = scales.amax(1)
+        factors = weights * torch.exp(scales - finite(log_scale)[:, None])
+        return FavorState(
+            torch.einsum("rbhm,bhmd->rhmd", factors, self.numerator),
+            torch.einsum("rbhm,bhm->rhm", factors, self.denominator),
+            log_scale,
+        )
 
     def tensors(self) -> StateTensors:
         """The three tensors, as the backends take them."""
@@ -214,6 +265,37 @@ class FavorAttention(Mechanism):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor | tuple[Tensor, FavorState]:
         """As `favor_attention`."""
         return favor_attention(query, key, value, self.features, backend=self.backend, **arguments)
+
+    def shareable(self, state: FavorState) -> FavorState:
+        """All of it."""
+        return state
+
+    def attend_sharded(
+        self, query: Tensor, key: Tensor, value: Tensor, sequence: SequenceShard, **arguments: Any
+    ) -> Tensor:
+        """As `sharded_favor_attention`."""
+        from performers.attention.parallel import sharded_favor_attention  # which is made of the functions above
+
+        return sharded_favor_attention(
+            query,
+            key,
+            value,
+            self.features,
+            sequence.group,
+            stretches=sequence.stretches,
+            backend=self.backend,
+            **arguments,
+        )
+
+    @property
+    def shards_sequences(self) -> bool:
+        """Whether the tokens of a sequence may lie on several processes: they exchange states of fixed size."""
+        return self.has_fixed_state
+
+    @property
+    def shared_kinds(self) -> tuple[type, ...]:
+        """Its own."""
+        return (FavorState,)
 
     def redraw_(self, generator: torch.Generator) -> None:
         """Draw a new projection, in place."""

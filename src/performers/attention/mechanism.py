@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from performers.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from performers.attention.parallel import SequenceShard
 
 
 class Mechanism(nn.Module):
@@ -14,6 +19,12 @@ class Mechanism(nn.Module):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Any:
         """The attention function with this mechanism's settings."""
         raise NotImplementedError
+
+    def attend_sharded(
+        self, query: Tensor, key: Tensor, value: Tensor, sequence: SequenceShard, **arguments: Any
+    ) -> Tensor:
+        """The same of this process's tokens of sequences that lie on several; where `shards_sequences`."""
+        raise UnsupportedError(f"{type(self).__name__} cannot attend to tokens that other processes hold.")
 
     def forward(
         self,
@@ -28,8 +39,26 @@ class Mechanism(nn.Module):
         return_state: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
+        sequence: SequenceShard | None = None,
     ) -> Any:
-        """As the mechanism's function: the outputs, and with `return_state` a pair of them and the state."""
+        """As the mechanism's function: the outputs, and with `return_state` a pair of them and the state.
+
+        Given `sequence`, the tokens are this process's of sequences that lie on several, and `cu_seqlens` those of the whole.
+        """
+        if sequence is not None:
+            if state is not None or return_state:
+                raise UnsupportedError("A sequence that lies on several processes has no state to go on from.")
+            return self.attend_sharded(
+                query,
+                key,
+                value,
+                sequence,
+                is_causal=is_causal,
+                key_padding_mask=key_padding_mask,
+                cu_seqlens=cu_seqlens,
+                scale=scale,
+                enable_gqa=enable_gqa,
+            )
         return self.attend(
             query,
             key,
@@ -42,6 +71,18 @@ class Mechanism(nn.Module):
             scale=scale,
             enable_gqa=enable_gqa,
         )
+
+    def shareable(self, state: Any) -> Any:
+        """The part of a state that queries of another sequence can read, to be summed with others by its `mixed`.
+
+        None where there is none: the window of local attention, a pattern and hashed chunks belong to one sequence.
+        """
+        return None
+
+    @property
+    def shared_kinds(self) -> tuple[type, ...]:
+        """The kinds of states that `shareable` leaves."""
+        return ()
 
     def redraw_(self, generator: torch.Generator) -> None:
         """Draw anew what is random, in place; most mechanisms have nothing to draw."""
@@ -64,6 +105,11 @@ class Mechanism(nn.Module):
     @property
     def needs_one_sequence(self) -> bool:
         """Whether a query has a place among the keys, as patterns and hashes give it: both are then of one sequence."""
+        return False
+
+    @property
+    def shards_sequences(self) -> bool:
+        """Whether the tokens of a sequence may lie on several processes: `attend_sharded` then gives what one would."""
         return False
 
     @property

@@ -13,7 +13,10 @@ none of it: collectives wait for everyone.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +39,7 @@ class SequenceGroup:
     Attributes:
         rank: the number of this process in it, from 0.
         size: how many there are.
-        bytes_sent: what this process has sent for attention so far, counting an all-reduce as its ring algorithm does.
+        bytes_sent: the tensors that this process has sent in it so far, counting an all-reduce as its ring algorithm does.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -45,6 +48,17 @@ class SequenceGroup:
         self.rank = dist.get_rank(self._group) if joined else 0
         self.size = dist.get_world_size(self._group) if joined else 1
         self.bytes_sent = 0
+
+    def shard(self, length: int) -> SequenceShard:
+        """This process's part of sequences of `length` tokens that are divided evenly, without asking the others.
+
+        Raises:
+            InputError: there are fewer tokens than processes.
+        """
+        if length < self.size:
+            raise InputError(f"{length} tokens over {self.size} processes: expected at least one token for each.")
+        borders = [length * rank // self.size for rank in range(self.size + 1)]
+        return SequenceShard(self, tuple(pairwise(borders)))
 
     def stretches(self, length: int) -> list[tuple[int, int]]:
         """Where each process's tokens begin and end, given how many this one has."""
@@ -55,17 +69,19 @@ class SequenceGroup:
         ends = torch.tensor(lengths).cumsum(0).tolist()
         return list(zip([0, *ends[:-1]], ends, strict=True))
 
-    def check_agreement(self, name: str, tensor: Tensor) -> None:
-        """Compare a tensor over the processes: features that were drawn differently would give nonsense without a word.
+    def check_agreement(self, tensors: Mapping[str, Tensor]) -> None:
+        """Compare tensors over the processes: features that were drawn differently would give nonsense without a word.
 
         Raises:
-            RunError: it is not the same everywhere; `name` says what it is.
+            RunError: one is not the same everywhere; the sentence names the first. All processes raise it.
         """
-        bits = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        if self.size == 1:
+            return
         theirs: list[Any] = [None] * self.size
-        if self.size > 1:
-            dist.all_gather_object(theirs, hashlib.sha256(bits.numpy().tobytes()).hexdigest(), group=self._group)
-            if any(digest != theirs[0] for digest in theirs):
+        dist.all_gather_object(theirs, {name: _digest(x) for name, x in tensors.items()}, group=self._group)
+        names = list(dict.fromkeys(name for digests in theirs for name in digests))
+        for name in names:
+            if any(digests.get(name) != theirs[0].get(name) for digests in theirs):
                 raise RunError(
                     f"{name} differs between the processes: expected the same seed and the same weights everywhere."
                 )
@@ -100,6 +116,52 @@ class SequenceGroup:
         return received
 
 
+def _digest(tensor: Tensor) -> str:
+    bits = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(bits.numpy().tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class SequenceShard:
+    """This process's tokens of a batch whose sequences lie on several processes, each a stretch of all of them.
+
+    Attributes:
+        group: the processes.
+        stretches: where each one's tokens begin and end.
+    """
+
+    group: SequenceGroup
+    stretches: tuple[tuple[int, int], ...]
+
+    @property
+    def start(self) -> int:
+        """The place of this process's first token."""
+        return self.stretches[self.group.rank][0]
+
+    @property
+    def stop(self) -> int:
+        """The place after its last one."""
+        return self.stretches[self.group.rank][1]
+
+    @property
+    def length(self) -> int:
+        """The tokens of the whole."""
+        return self.stretches[-1][1]
+
+    def summed_before(self, x: Tensor) -> Tensor:
+        """The sum of x over the processes before this one."""
+        everyone = x.new_zeros(self.group.size, *x.shape)
+        everyone[self.group.rank] = x
+        return self.group.sum_(everyone)[: self.group.rank].sum(0)
+
+    def one_ahead(self, labels: Tensor, end: int) -> Tensor:
+        """What stands one token later than each of these, (B, L_r); `end` after the last of the whole."""
+        following = self.group.shift(labels[:, :1], -1)
+        if following is None:
+            following = torch.full_like(labels[:, :1], end)
+        return torch.cat([labels[:, 1:], following], 1)
+
+
 def sharded_favor_attention(
     query: Tensor,
     key: Tensor,
@@ -113,6 +175,7 @@ def sharded_favor_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     backend: str = "auto",
+    stretches: Sequence[tuple[int, int]] | None = None,
 ) -> Tensor:
     """`favor_attention` of a sequence whose tokens lie on several processes, this process's part of the output.
 
@@ -124,12 +187,13 @@ def sharded_favor_attention(
         key_padding_mask: (B, L_r) bool, True for a real token.
         cu_seqlens: (N + 1,) offsets of packed sequences in the *whole* sequence, the same on every process (B = 1).
         scale, enable_gqa, backend: as in `favor_attention`.
+        stretches: where each process's tokens begin and end, as in a `SequenceShard`; None and packed, they ask each other.
 
     Returns:
         (B, H, L_r, Dv), equal to that stretch of `favor_attention` of the whole.
 
     Raises:
-        InputError: as `favor_attention`.
+        InputError: as `favor_attention`; stretches that do not fit the tokens or the offsets.
         UnsupportedError: the features have no state of fixed size.
     """
     if features.compatibility is not None or not features.is_calibrated:
@@ -139,6 +203,10 @@ def sharded_favor_attention(
         )
     if query.shape[2] != key.shape[2]:
         raise InputError(f"query has {query.shape[2]} tokens and key {key.shape[2]}: expected the same tokens of both.")
+    if stretches is not None and stretches[group.rank][1] - stretches[group.rank][0] != query.shape[2]:
+        raise InputError(
+            f"query has {query.shape[2]} tokens: expected those from {stretches[group.rank][0]} to {stretches[group.rank][1]}."
+        )
     options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa, "backend": backend}
 
     def absorb(at: slice) -> StateTensors:
@@ -169,7 +237,8 @@ def sharded_favor_attention(
         before = _Neighbours.apply(*absorb(whole), *absorb(slice(0, 0)), [False] * size, group)[:3]
         return attend(whole, key_padding_mask=key_padding_mask, state=FavorState(*before))
 
-    pieces = [_pieces(segments(cu_seqlens, int(cu_seqlens[-1])), *stretch) for stretch in group.stretches(length)]
+    stretches = group.stretches(length) if stretches is None else stretches
+    pieces = [_pieces(segments(cu_seqlens, stretches[-1][1]), *stretch) for stretch in stretches]
     mine = pieces[group.rank]
     nothing = absorb(slice(0, 0))  # of no keys, but a function of them: the backward pass goes through it everywhere
     to_the_right = absorb(mine[-1].at) if mine and mine[-1].goes_on else nothing

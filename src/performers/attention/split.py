@@ -5,8 +5,9 @@ The usual pair is local and global: a window sees near tokens exactly, FAVOR see
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,13 +16,16 @@ from performers.attention.arguments import check_attention_arguments, repeat_hea
 from performers.attention.mechanism import Mechanism
 from performers.errors import InputError
 
+if TYPE_CHECKING:
+    from performers.attention.parallel import SequenceShard
+
 
 @dataclass(frozen=True)
 class SplitState:
     """The states of both halves.
 
     Attributes:
-        first, second: of the first heads and of the others, as their mechanisms make them.
+        first, second: of the first heads and of the others, as their mechanisms make them; None for nothing.
     """
 
     first: Any
@@ -29,12 +33,39 @@ class SplitState:
 
     def reorder(self, index: Tensor) -> SplitState:
         """The state of batch rows `index`, (B',) integers: what beam search asks for."""
-        return SplitState(self.first.reorder(index), self.second.reorder(index))
+        first, second = (None if half is None else half.reorder(index) for half in (self.first, self.second))
+        return SplitState(first, second)
+
+    def is_finite(self) -> bool:
+        """Whether both halves are."""
+        return all(half.is_finite() for half in (self.first, self.second) if half is not None)
+
+    def to(self, device: torch.device) -> SplitState:
+        """The same on a device."""
+        return SplitState(*(None if half is None else half.to(device) for half in (self.first, self.second)))
+
+    def rows(self) -> list[SplitState]:
+        """The states of each row of the batch, as a batch of one."""
+        halves = [None if half is None else half.rows() for half in (self.first, self.second)]
+        count = next(len(rows) for rows in halves if rows is not None)
+        first, second = ([None] * count if rows is None else rows for rows in halves)
+        return [SplitState(*row) for row in zip(first, second, strict=True)]
+
+    def joined(self, others: Sequence[SplitState]) -> SplitState:
+        """The rows of this state and then those of the others."""
+        first = None if self.first is None else self.first.joined([other.first for other in others])
+        second = None if self.second is None else self.second.joined([other.second for other in others])
+        return SplitState(first, second)
+
+    def mixed(self, weights: Tensor) -> SplitState:
+        """Sums of the states of both halves; see `FavorState.mixed`."""
+        first, second = (None if half is None else half.mixed(weights) for half in (self.first, self.second))
+        return SplitState(first, second)
 
     @property
     def nbytes(self) -> int:
         """The memory that the states take."""
-        return self.first.nbytes + self.second.nbytes
+        return sum(half.nbytes for half in (self.first, self.second) if half is not None)
 
 
 class SplitAttention(Mechanism):
@@ -119,10 +150,48 @@ class SplitAttention(Mechanism):
             return torch.cat([first, second], 1)
         return torch.cat([first[0], second[0]], 1), SplitState(first[1], second[1])
 
+    def attend_sharded(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sequence: SequenceShard,
+        *,
+        enable_gqa: bool = False,
+        **arguments: Any,
+    ) -> Tensor:
+        """Each half of its heads."""
+        at = self.first_heads(query.shape[1])
+        check_attention_arguments(query, key, value, arguments.get("key_padding_mask"), None, enable_gqa, False)
+        key, value = repeat_heads(query, key, value)
+        halves = ((self.first, slice(None, at)), (self.second, slice(at, None)))
+        return torch.cat(
+            [
+                half.attend_sharded(query[:, heads], key[:, heads], value[:, heads], sequence, **arguments)
+                for half, heads in halves
+            ],
+            1,
+        )
+
+    @property
+    def shards_sequences(self) -> bool:
+        """Whether both halves do."""
+        return self.first.shards_sequences and self.second.shards_sequences
+
     def redraw_(self, generator: torch.Generator) -> None:
         """Draw anew what is random in either half."""
         self.first.redraw_(generator)
         self.second.redraw_(generator)
+
+    def shareable(self, state: SplitState) -> SplitState | None:
+        """What the halves share."""
+        first, second = self.first.shareable(state.first), self.second.shareable(state.second)
+        return None if first is None and second is None else SplitState(first, second)
+
+    @property
+    def shared_kinds(self) -> tuple[type, ...]:
+        """Those of both halves."""
+        return (*self.first.shared_kinds, *self.second.shared_kinds)
 
     @property
     def redraws_by_default(self) -> bool:

@@ -49,7 +49,7 @@ class Recipe:
 
     Attributes:
         heads, layers, d_ff, d: the size of the model, as the papers give it.
-        context, contexts, batch_size: as in `PretrainConfig`.
+        context, contexts, clusters, batch_size: as in `PretrainConfig`.
         scheme: how masked residues are shown in training; evaluation hides them all.
         mask_proportion: in training; evaluation has 0.15.
         dtype, device, threads: as in `PretrainConfig`.
@@ -61,6 +61,7 @@ class Recipe:
     d: int = 128
     context: int = 512
     contexts: str = "packed"
+    clusters: str | None = None
     batch_size: int = 4
     scheme: str = "bert"
     mask_proportion: float = 0.3

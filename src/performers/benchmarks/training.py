@@ -110,7 +110,8 @@ def time_steps(keys: dict[str, Any], warm_up: int, steps: int) -> dict[str, Any]
     from performers.training.configuration import PretrainConfig
     from performers.training.distributed import World, choose_device, choose_dtype, keep_freed_memory, use_threads
     from performers.training.language_modelling import micro_batches, new_model
-    from performers.training.loop import accumulate_gradients, new_optimizer
+    from performers.training.loop import accumulate_gradients
+    from performers.training.optimizers import new_optimizer
 
     with use_threads(keys.get("threads")), tempfile.TemporaryDirectory() as folder:
         keep_freed_memory()
@@ -122,7 +123,7 @@ def time_steps(keys: dict[str, Any], warm_up: int, steps: int) -> dict[str, Any]
             proteins = Corpus.open(config.input[0])
         else:
             proteins = in_memory_corpus(_enough(read_fasta(config.input), config.batch_size * config.context))
-        contexts = Contexts(proteins, config.context, mode=config.contexts, seed=config.seed)
+        contexts = Contexts(proteins, config.context, mode="concatenated", seed=config.seed)
         world = World(0, 1, device)
         model = new_model(config).to(device).train()
         optimizer = new_optimizer(config, model)

@@ -14,7 +14,21 @@ from typing import Annotated, NoReturn
 import typer
 
 # Each module adds its commands to the application, in this order.
-from performers.cli import benchmarks, conversion, distillation, pretraining, tools  # noqa: F401
+from performers.cli import (  # noqa: F401
+    benchmarks,
+    contacts,
+    conversion,
+    corpora,
+    distillation,
+    finetuning,
+    generation,
+    interactions,
+    models,
+    pretraining,
+    reading,
+    reporting,
+    tools,
+)
 from performers.cli.application import app
 from performers.errors import InputError, PerformersError
 

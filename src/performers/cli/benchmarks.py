@@ -605,6 +605,319 @@ def benchmark_recall(
     print_report(measure_recall(settings, output, quick=quick, restart=restart), tables, output, as_json)
 
 
+@benchmark.command("finetuning")
+def benchmark_finetuning(
+    variants: Annotated[
+        str | None, typer.Option(help="The scan of avGFP: a table with variant (A108D,N144D), num_mutations and score.")
+    ] = None,
+    wild_type: Annotated[str | None, typer.Option(help="FASTA with the record avgfp, numbered from 0.")] = None,
+    structures: Annotated[
+        str | None, typer.Option(help="Lines of identifier, SCOPe family, sequence and DSSP, with tabs (.gz too).")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model to finetune.", show_default="the bundled one")] = None,
+    way: Annotated[
+        str | None, typer.Option(help="Ways to finetune, with commas: all, lora, frozen.", show_default="all of them")
+    ] = None,
+    proteins: Annotated[
+        int | None, typer.Option(min=50, help="Proteins of each task, over all sets.", show_default="4000")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps at most.", show_default="1500")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Proteins in one step.", show_default="16")] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Learning rate.", show_default="0.0005")] = None,
+    output: Annotated[str, _folder("finetuning")] = "benchmark-finetuning",
+    restart: Restart = False,
+    quick: Quick = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Finetuning on the fluorescence of avGFP variants and on secondary structure, beside ridge regressions.
+
+    Example: performers benchmark finetuning --variants avgfp.tsv.gz --wild-type wild-types.fasta --structures scope.tsv.gz
+    """
+    from performers.benchmarks.finetuning import FinetuningSettings, measure_finetuning, tables
+    from performers.training.distributed import choose_device
+
+    settings = FinetuningSettings.of_size(
+        quick,
+        variants=variants,
+        wild_type=wild_type,
+        structures=structures,
+        model=model,
+        ways=listed(way),
+        proteins=proteins,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        device=str(choose_device(device)),
+        dtype=dtype,
+        threads=threads,
+        seed=seed,
+    )
+    print_report(measure_finetuning(settings, output, quick=quick, restart=restart), tables, output, as_json)
+
+
+@benchmark.command("interactions")
+def benchmark_interactions(
+    input: Annotated[
+        list[str] | None, typer.Option("--input", "-i", help="The proteins to learn from: FASTA files, .gz too.")
+    ] = None,
+    pairs: Annotated[str | None, typer.Option(help="TSV of the pairs to learn from: two identifiers, 1 or 0.")] = None,
+    test: Annotated[
+        list[str] | None,
+        typer.Option(help="A set of test pairs, NAME=FASTA,TSV; the first is also where groups are drawn. Repeatable."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Folder of a language model.")] = None,
+    together: Annotated[Literal["states", "body"], typer.Option(help="As of `performers interact train`.")] = "states",
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of training.", show_default="1500")] = None,
+    most_proteins: Annotated[
+        int | None, typer.Option(min=4, help="Of each table, with the pairs among them.", show_default="all")
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="Sizes of groups, with commas.", show_default="8,16,32")] = None,
+    groups: Annotated[int | None, typer.Option(min=1, help="Groups of each size.", show_default="100")] = None,
+    decoys: Annotated[int | None, typer.Option(min=1, help="That join a group.", show_default="8")] = None,
+    output: Annotated[str, _folder("interactions")] = "benchmark-interactions",
+    restart: Restart = False,
+    quick: Quick = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Which proteins interact: the joint model beside its baselines, on pairs and on groups read in one context.
+
+    Example: performers benchmark interactions -i train.fasta --pairs train.tsv --test human=test.fasta,test.tsv
+    """
+    from performers.benchmarks.interactions import InteractionBenchmark, measure_interactions, tables
+    from performers.training.distributed import choose_device
+
+    settings = InteractionBenchmark.of_size(
+        quick,
+        proteins=input,
+        pairs=pairs,
+        tests=test,
+        model=model,
+        together=together,
+        steps=steps,
+        most_proteins=most_proteins,
+        sizes=numbers("--size", size),
+        groups=groups,
+        decoys=decoys,
+        device=str(choose_device(device)),
+        dtype=dtype,
+        threads=threads,
+        seed=seed,
+    )
+    print_report(measure_interactions(settings, output, quick=quick, restart=restart), tables, output, as_json)
+
+
+@benchmark.command("family")
+def benchmark_family(
+    input: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input", "-i", help="FASTA files, held-out families among them.", show_default="with --quick none"
+        ),
+    ] = None,
+    clusters: Annotated[str | None, typer.Option(help="TSV of representative and member.")] = None,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="FASTA files: the clusters of these proteins are read.", show_default="clusters drawn by the seed"
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A Performer that was trained without these clusters.", show_default="one of each --system is trained"
+        ),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="What is trained, with commas.", show_default="performer-relu|local,transformer")
+    ] = None,
+    objective: Annotated[Literal["mlm", "clm"], typer.Option(help="Masked or causal, of what is trained.")] = "mlm",
+    families: Annotated[int | None, typer.Option(min=2, help="At most so many are read.", show_default="200")] = None,
+    members: Annotated[
+        int | None, typer.Option(min=2, help="Of each family; one less is a context.", show_default="8")
+    ] = None,
+    targets: Annotated[int | None, typer.Option(min=1, help="Members that are predicted.", show_default="2")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Residues; others are left out.", show_default="500")
+    ] = None,
+    assay: Annotated[
+        str | None, typer.Option(help="A table of variants with DMS_score, to score with --homologs as the family.")
+    ] = None,
+    wild_type: Annotated[str | None, typer.Option(help="FASTA of the assay's protein.")] = None,
+    homologs: Annotated[
+        str | None, typer.Option(help="FASTA of its relatives; the wild type itself is left out.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of a run.", show_default="3000")] = None,
+    learning_rate: LearningRate = None,
+    context: Annotated[int | None, typer.Option(min=4, help="Tokens in training.", show_default="4096")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Contexts in one step.", show_default="1")] = None,
+    heads: Heads = None,
+    layers: Layers = None,
+    d_ff: FeedForward = None,
+    d: Width = None,
+    output: Annotated[str, _folder("family")] = "benchmark-family",
+    restart: Restart = False,
+    quick: Quick = False,
+    device: Device = "auto",
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """What a family's summed states are worth to a protein: none, its own family and a wrong one, and a profile HMM.
+
+    Example: performers benchmark family -i proteins.fasta.gz --clusters clusters.tsv.gz --held-out bundled:test
+    """
+    from performers.benchmarks.family import FamilySettings, measure_family, tables
+    from performers.training.distributed import choose_device
+
+    settings = FamilySettings.of_size(
+        quick,
+        sources=input,
+        clusters=clusters,
+        held_out=held_out,
+        model=model,
+        systems=listed(system),
+        objective=objective,
+        families=families,
+        members=members,
+        targets=targets,
+        max_length=max_length,
+        assay=assay,
+        wild_type=wild_type,
+        homologs=homologs,
+        steps=steps,
+        learning_rate=learning_rate,
+        context=context,
+        batch_size=batch_size,
+        heads=heads,
+        layers=layers,
+        d_ff=d_ff,
+        d=d,
+        device=str(choose_device(device)),
+        threads=threads,
+        seed=seed,
+    )
+    print_report(measure_family(settings, output, quick=quick, restart=restart), tables, output, as_json)
+
+
+@benchmark.command("design")
+def benchmark_design(
+    model: Annotated[
+        str | None, typer.Option(help="The causal model: a name or a folder.", show_default="the bundled one")
+    ] = None,
+    judge: Annotated[str | None, typer.Option(help="A masked model.", show_default="the bundled one")] = None,
+    input: Annotated[
+        list[str] | None,
+        typer.Option("--input", "-i", help="Held-out natural proteins.", show_default="bundled:test"),
+    ] = None,
+    proteins: Annotated[int | None, typer.Option(min=2, help="Sequences of each set.", show_default="200")] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="Residues of each.", show_default="100")] = None,
+    families: Annotated[
+        int | None, typer.Option(min=0, help="Families whose profiles score designs; 0: none.", show_default="20")
+    ] = None,
+    prompt: Annotated[
+        int | None, typer.Option(min=1, help="Residues of a member that they go on from.", show_default="30")
+    ] = None,
+    designs: Annotated[int | None, typer.Option(min=1, help="Designs for each family.", show_default="8")] = None,
+    pairs: Annotated[
+        str | None, typer.Option(help="TSV of held-out interacting proteins, and a label of which 1 counts.")
+    ] = None,
+    partners: Annotated[list[str] | None, typer.Option(help="FASTA files of those proteins.")] = None,
+    most_pairs: Annotated[
+        int | None, typer.Option(min=2, help="Pairs that are read, at most.", show_default="300")
+    ] = None,
+    longest: Annotated[
+        int | None, typer.Option(min=1, help="Residues; longer partners are left out.", show_default="500")
+    ] = None,
+    label: Annotated[
+        bool, typer.Option("--label", help="Write the effect of partners into the model's folder, for generate.")
+    ] = False,
+    output: Annotated[str, _folder("design")] = "benchmark-design",
+    restart: Restart = False,
+    quick: Quick = False,
+    device: Device = "auto",
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Designs judged by a second model and by family profiles, and whether they heed a partner.
+
+    Example: performers benchmark design --pairs pairs.tsv --partners proteins.fasta --label
+    """
+    from performers.benchmarks.design import DesignSettings, measure_design, tables
+    from performers.training.distributed import choose_device
+
+    settings = DesignSettings.of_size(
+        quick,
+        model=model,
+        judge=judge,
+        natural=input,
+        proteins=proteins,
+        length=length,
+        families=families,
+        prompt=prompt,
+        designs=designs,
+        pairs=pairs,
+        partners=partners,
+        most_pairs=most_pairs,
+        longest=longest,
+        label=label,
+        device=str(choose_device(device)),
+        threads=threads,
+        seed=seed,
+    )
+    print_report(measure_design(settings, output, quick=quick, restart=restart), tables, output, as_json)
+
+
+@benchmark.command("corpus")
+def benchmark_corpus(
+    residues: Annotated[
+        str | None, typer.Option(help="Sizes of corpora, with commas.", show_default="1000000,100000000,1000000000")
+    ] = None,
+    workers: Annotated[
+        str | None, typer.Option(help="Processes that build the largest one, with commas.", show_default="1,2")
+    ] = None,
+    files: Annotated[int | None, typer.Option(min=1, help="FASTA files of a corpus.", show_default="16")] = None,
+    contexts: Annotated[int | None, typer.Option(min=1, help="Rows to read.", show_default="20000")] = None,
+    records: Annotated[
+        str | None,
+        typer.Option(
+            help="Records to embed with a tiny model, with commas; 'none'.", show_default="10^4, 10^5 and 10^6"
+        ),
+    ] = None,
+    output: Annotated[str, _folder("corpus")] = "benchmark-corpus",
+    restart: Restart = False,
+    quick: Quick = False,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Building and reading corpora of up to 10^9 residues, and embedding 10^6 records: rates and peak memory.
+
+    Example: performers benchmark corpus --residues 1000000,1000000000 --workers 1,2,4
+    """
+    from performers.benchmarks.corpus import CorpusSettings, measure_corpus, tables
+
+    settings = CorpusSettings.of_size(
+        quick,
+        residues=numbers("--residues", residues),
+        workers=numbers("--workers", workers),
+        files=files,
+        contexts=contexts,
+        records=numbers("--records", records),
+        seed=seed,
+        device=device,
+    )
+    print_report(measure_corpus(settings, output, quick=quick, restart=restart), tables, output, as_json)
+
+
 def print_report(
     report: dict[str, Any],
     tables: Callable[[dict[str, Any]], list[tuple[str, list[str], list[list[str]]]]],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -55,6 +56,8 @@ def pretrain(
     from performers.training import pretrain
 
     result = pretrain(settings, resume=resume, resume_from=resume_from)
+    if int(os.environ.get("RANK", "0")):
+        return  # under torchrun the first process speaks for all
     if as_json:
         print(json.dumps({**vars(result), "output": str(result.output), "model": str(result.model)}))
         return
@@ -76,8 +79,22 @@ def _key_and_value(text: str) -> tuple[str, Any]:
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Option(help="A model folder, or a run folder.")],
-    input: Inputs,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A model folder, a run folder, or the name of a bundled model.",
+            show_default="performers/protein-masked",
+        ),
+    ] = None,
+    input: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            "-i",
+            help="FASTA files (.gz too), '-' for stdin, bundled:NAME.",
+            show_default="each of bundled:random, bundled:test and bundled:ood",
+        ),
+    ] = None,
     scheme: Annotated[
         Literal["mask", "bert", "published"],
         typer.Option(help="How a masked model is shown the scored residues: all hidden, or 80/10/10, or 10/80/10."),
@@ -96,20 +113,24 @@ def evaluate(
 ) -> None:
     """Accuracy and perplexity on proteins, beside the unigram baseline measured on the same residues.
 
+    Without any option: the bundled model on proteins held out of its training.
+
     Example: performers evaluate --model run/model -i bundled:test
     """
     from performers.data import FastaReport, in_memory_corpus, read_fasta
 
-    report = FastaReport()
-    proteins = in_memory_corpus(read_fasta(input, max_length=max_length, on_invalid=on_invalid, report=report))
-    for remark in report.remarks():
-        print(remark, file=sys.stderr)
+    report, sets = FastaReport(), None
+    if input is not None:
+        proteins = read_fasta(input, max_length=max_length, on_invalid=on_invalid, report=report)
+        sets = {"input": in_memory_corpus(proteins)}
+        for remark in report.remarks():
+            print(remark, file=sys.stderr)
 
-    from performers.training.evaluation import evaluate_folder
+    from performers.training.evaluation import evaluate_folder, held_out_sets
 
-    figures = evaluate_folder(
+    result = evaluate_folder(
         model,
-        proteins,
+        held_out_sets() if sets is None else sets,
         scheme=scheme,
         mask_proportion=mask_proportion,
         seed=seed,
@@ -118,12 +139,16 @@ def evaluate(
         dtype=dtype,
         threads=threads,
     )
-    if as_json:
-        print(json.dumps({**figures, "inputs": report.to_dict()["inputs"]}))
+    if input is None:
+        print(json.dumps(result)) if as_json else _print_held_out(result)
         return
-    how = "next residue" if figures["objective"] == "clm" else f"masked residues, scheme {figures['scheme']}"
+    figures = result.pop("sets")["input"]
+    if as_json:
+        print(json.dumps({**figures, **result, "inputs": report.to_dict()["inputs"]}))
+        return
     print(
-        f"{figures['proteins']:,} proteins, {figures['tokens']:,} residues scored ({how}); 95 % bootstrap intervals over proteins"
+        f"{figures['proteins']:,} proteins, {figures['tokens']:,} residues scored ({_how(figures)}); 95 % bootstrap intervals "
+        "over proteins"
     )
     table(
         ["", "accuracy (more is better)", "perplexity (less is better)"],
@@ -137,6 +162,31 @@ def evaluate(
             ],
         ],
     )
+
+
+def _print_held_out(result: dict[str, Any]) -> None:
+    """The rows of the held-out sets, from easy to hard."""
+    first = next(iter(result["sets"].values()))
+    print(f"{result['model']}: {_how(first)}; 95 % bootstrap intervals over proteins")
+    table(
+        ["held out", "proteins", "residues", "accuracy", "unigram", "perplexity", "unigram"],
+        [
+            [
+                {"random": "random proteins", "test": "whole clusters", "ood": "whole families"}[name],
+                f"{figures['proteins']:,}",
+                f"{figures['tokens']:,}",
+                _with_interval(figures, "accuracy", 4),
+                f"{figures['baseline_accuracy']:.4f}",
+                _with_interval(figures, "perplexity", 3),
+                f"{figures['baseline_perplexity']:.3f}",
+            ]
+            for name, figures in result["sets"].items()
+        ],
+    )
+
+
+def _how(figures: dict[str, Any]) -> str:
+    return "next residue" if figures["objective"] == "clm" else f"masked residues, scheme {figures['scheme']}"
 
 
 def _with_interval(figures: dict[str, Any], key: str, digits: int) -> str:

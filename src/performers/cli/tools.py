@@ -24,9 +24,27 @@ from performers.errors import InputError
 
 Model = Annotated[
     str | None,
-    typer.Option(help="Folder of a Performer, of a converted model, or of a Hugging Face protein model."),
+    typer.Option(
+        help="A bundled model's name, or a folder: of a Performer, a converted or a Hugging Face protein model.",
+        show_default="performers/protein-masked",
+    ),
+]
+Context = Annotated[
+    str | None,
+    typer.Option(help="A state of `performers read`, of the same model: a family to read every sequence with."),
 ]
 ToksPerBatch = Annotated[int, typer.Option(min=1, help="Tokens in one forward pass.")]
+Engine = Annotated[
+    Literal["auto", "local", "rank", "ray"],
+    typer.Option(
+        help="Where the work is done: here, by each process of torchrun or a Slurm array its share (rank), or on a Ray cluster.",
+        show_default="rank under torchrun, else local",
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Workers on a Ray cluster.", show_default="as many as it has GPUs, or cores for"),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what the work would take, and do none of it.")]
 Restart = Annotated[
     bool, typer.Option("--restart", help="Forget what an earlier run left, and replace the output if it is there.")
@@ -66,9 +84,12 @@ def embed(
     toks_per_batch: ToksPerBatch = 16_384,
     max_length: MaxLength = 10_000_000,
     on_invalid: OnInvalid = "error",
+    context: Context = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     threads: Threads = None,
+    engine: Engine = "auto",
+    workers: Workers = None,
     dry_run: DryRun = False,
     restart: Restart = False,
     as_json: Json = False,
@@ -98,6 +119,9 @@ def embed(
             on_invalid=on_invalid,
             device=device,
             dtype=dtype,
+            context=context,
+            engine=engine,
+            workers=workers,
             dry_run=dry_run,
             restart=restart,
         )
@@ -152,9 +176,12 @@ def score(
     toks_per_batch: ToksPerBatch = 16_384,
     max_length: MaxLength = 10_000_000,
     on_invalid: OnInvalid = "error",
+    context: Context = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     threads: Threads = None,
+    engine: Engine = "auto",
+    workers: Workers = None,
     dry_run: DryRun = False,
     restart: Restart = False,
     as_json: Json = False,
@@ -189,6 +216,9 @@ def score(
             on_invalid=on_invalid,
             device=device,
             dtype=dtype,
+            context=context,
+            engine=engine,
+            workers=workers,
             dry_run=dry_run,
             restart=restart,
         )

@@ -149,13 +149,19 @@ def _shortest(model: PreTrainedModel) -> int:
     return min(_RANDOM_TOKENS, longest_input(model) or _RANDOM_TOKENS)
 
 
-def load(folder: str | Path) -> PreTrainedModel:
+def load(folder: str | Path, architecture: str | None = None, **settings: Any) -> PreTrainedModel:
     """Open a Performer, or a converted model, as what it was saved as.
+
+    Arguments:
+        folder: of the model.
+        architecture: the class to open it as instead, as in "PerformerForSequenceClassification"; a head that the folder has no
+            weights for is new.
+        settings: keys of its configuration to replace, as in num_labels=3.
 
     Raises:
         CheckpointError: the folder holds no model, or what belongs to it is missing or damaged.
     """
-    model = open_model(folder)
+    model = open_model(folder, architecture, **settings)
     specification = Specification.stored_in(model.config)
     if specification is not None:
         tensors = saving.read_tensors(model.config, specification)

@@ -36,6 +36,7 @@ from performers.randomness import derive_seed
 from performers.training.checkpoint import without_bars
 from performers.training.distributed import World, autocast
 from performers.training.loop import accumulate_gradients
+from performers.training.order import Order, shuffled
 from performers.training.run_folder import read_log
 from performers.training.task import Figures
 
@@ -101,9 +102,9 @@ class Classroom:
         limit = min(limit or config.max_tokens or 2**31, config.max_tokens or 2**31)
         self.training = self._encoded(training, limit)
         measured = self._encoded(validation, limit)
-        chosen = _shuffled(len(measured), derive_seed(config.seed, "evaluation set"))[: config.evaluate_sequences]
+        chosen = shuffled(len(measured), derive_seed(config.seed, "evaluation set"))[: config.evaluate_sequences]
         self.validation = [measured[index] for index in np.sort(chosen)]
-        self._epoch: tuple[int, npt.NDArray[np.int64]] = (-1, np.zeros(0, np.int64))
+        self._order = Order(len(self.training), config.batch_size, config.seed)
         self._floor: npt.NDArray[np.float64] | None = None
 
     def student(self, checkpoint: Path | None) -> Student:
@@ -131,13 +132,7 @@ class Classroom:
 
     def rows(self, step: int) -> list[int]:
         """The sequences of a step over all processes: every epoch has an order of its own, drawn from (seed, epoch)."""
-        found: list[int] = []
-        for place in range(step * self._config.batch_size, (step + 1) * self._config.batch_size):
-            epoch, index = divmod(place, len(self.training))
-            if self._epoch[0] != epoch:
-                self._epoch = epoch, _shuffled(len(self.training), derive_seed(self._config.seed, "order", epoch))
-            found.append(int(self._epoch[1][index]))
-        return found
+        return self._order.rows(step)
 
     def tokens(self, step: int) -> int:
         """The tokens of a step, padding not counted."""
@@ -374,11 +369,6 @@ class _Loss:
 
     def __call__(self, *, num_items_in_batch: Tensor, **batch: Tensor) -> SimpleNamespace:
         return SimpleNamespace(loss=self._lesson(self._student, batch, num_items_in_batch))
-
-
-def _shuffled(number: int, seed: int) -> npt.NDArray[np.int64]:
-    """0 to number - 1 in an order that is a function of the seed."""
-    return np.argsort(np.random.Philox(key=seed).random_raw(number), kind="stable")
 
 
 def _kind(model: PreTrainedModel, tokenizer: Any) -> str:

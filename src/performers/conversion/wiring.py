@@ -22,6 +22,7 @@ from performers.conversion.cache import state_cache
 from performers.conversion.saving import LayerTensors
 from performers.conversion.specification import Specification
 from performers.errors import CheckpointError, InputError, PerformersError, UnsupportedError
+from performers.models.bundled import located
 
 _log = logging.getLogger(__name__)
 
@@ -185,18 +186,19 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def open_model(folder: str | Path, architecture: str | None = None) -> PreTrainedModel:
+def open_model(folder: str | Path, architecture: str | None = None, **settings: Any) -> PreTrainedModel:
     """The model in a folder, as the class it was saved from, in evaluation mode.
 
     Arguments:
-        folder: as `save_pretrained` writes it.
+        folder: as `save_pretrained` writes it, or the name of a bundled model.
         architecture: the name of the class in transformers or performers, in place of the one in config.json.
+        settings: keys of the configuration to replace.
 
     Raises:
         CheckpointError: there is no model in it, or it cannot be opened.
-        InputError: there is no such class.
+        InputError: there is no such class, or no bundled model of that name.
     """
-    path = Path(folder)
+    path = Path(located(folder))
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: there is no model in this folder (no config.json).")
     try:
@@ -216,7 +218,7 @@ def open_model(folder: str | Path, architecture: str | None = None) -> PreTraine
             f"classes opens it, as in architecture='BertForMaskedLM' (--architecture)."
         )
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **settings)
         return (classes or [transformers.AutoModel])[0].from_pretrained(path, config=config).eval()
     except PerformersError:
         raise

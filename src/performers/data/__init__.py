@@ -22,7 +22,8 @@ from performers.data.alphabet import (
     encode,
 )
 from performers.data.contexts import ContextBatch, Contexts
-from performers.data.corpus import Corpus, build_corpus, in_memory_corpus, is_corpus_of
+from performers.data.corpus import Corpus, in_memory_corpus
+from performers.data.corpus_building import build_corpus, is_corpus_of
 from performers.data.fasta import BUNDLED, MAX_LENGTH, FastaReport, InputFile, Record, read_fasta
 from performers.data.objectives import IGNORED, mask_tokens, next_token_labels
 from performers.data.splits import SplitResult, split_records

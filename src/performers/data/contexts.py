@@ -4,29 +4,37 @@ A `Contexts` is a function from the number of a context (0, 1, 2... from the sta
 tokens. It holds no iterator: batch size, number of processes and where a run was cut off change nothing. Each epoch has its own
 order of the proteins, drawn from (seed, epoch). In `"packed"` mode a row holds whole proteins that cannot see each other; in
 `"concatenated"` mode proteins follow one another, separated by eos, and are read together, as in the paper's experiment with
-contexts of 8,192 (2009.14794, section 4.4). It knows nothing of objectives: rows come out unmasked.
+contexts of 8,192 (2009.14794, section 4.4). `"related"` rows are packed, too, and hold proteins of one cluster together, as far
+as they fit, for those to be read with each other. It knows nothing of objectives: rows come out unmasked.
+
+Of the corpus a row reads its own proteins. What is in memory besides is the plan of a window or two of an epoch
+(`performers.data.order`), about a million proteins each, so that neither memory nor the work per row grows with the corpus. Two
+exceptions: related contexts plan a whole epoch at once, as the clusters are in memory, too; and to say where packed context n is,
+what comes before it has to be packed once, a microsecond or two per protein, which a process does when a run goes on.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from performers.data.alphabet import BOS, EOS, PAD
 from performers.data.corpus import Corpus
+from performers.data.order import ProteinOrder
 from performers.errors import InputError
 from performers.randomness import derive_seed
 
-Mode: TypeAlias = Literal["packed", "concatenated"]
+Mode: TypeAlias = Literal["packed", "concatenated", "related"]
 
 _OPEN_ROWS = 64
 _PIECES_AT_ONCE = 1 << 20
 
 _Int64s: TypeAlias = npt.NDArray[np.int64]
+_Plan = TypeVar("_Plan")
 
 
 class ContextBatch(NamedTuple):
@@ -38,15 +46,17 @@ class ContextBatch(NamedTuple):
         segments: the boundaries of the segments in the R * L flattened tokens, from 0 to R * L, int32 ("cu_seqlens"); no
             segment crosses a row, and the free room at the end of a row is one segment of padding. None when each row is read
             together.
+        families: (S,) int64, the cluster of each segment, -1 for padding; None unless contexts are related.
     """
 
     input_ids: _Int64s
     position_ids: _Int64s
     segments: npt.NDArray[np.int32] | None
+    families: _Int64s | None = None
 
 
 class _Packing(NamedTuple):
-    """One epoch, packed: pieces of proteins in the order of their rows, and the first piece of each row."""
+    """A window of an epoch, packed: pieces of proteins in the order of their rows, and the first piece of each row."""
 
     proteins: _Int64s
     starts: _Int64s  # in the protein's tokens: bos, residues, eos
@@ -55,11 +65,10 @@ class _Packing(NamedTuple):
 
 
 class _Stream(NamedTuple):
-    """One epoch, concatenated: the order of the proteins and where each ends in the stream, its eos included."""
+    """A window of an epoch, concatenated: the order of the proteins, and where in the epoch's stream each ends, eos included."""
 
     order: _Int64s
     ends: _Int64s
-    num_contexts: int
 
 
 class Contexts:
@@ -72,19 +81,27 @@ class Contexts:
     concatenated: the proteins of an epoch form one stream, each followed by eos; every row is bos and the next length - 1
     tokens of it. The rest at the end of an epoch that does not fill a row is dropped.
 
+    related: as packed, but groups of proteins are placed, each of as many members of one cluster as fill a row at most. Which
+    members are together differs from epoch to epoch.
+
     Arguments:
         corpus: the proteins.
         length: tokens per row, at least 3.
-        mode: "packed" or "concatenated".
+        mode: "packed", "concatenated" or "related".
         seed: of the order of the proteins.
+        clusters: (N,) the cluster of each protein, for "related" contexts.
 
     Raises:
-        InputError: the length is too small, or an epoch is shorter than one concatenated row.
+        InputError: clusters are missing or not wanted, the length is too small, or an epoch is shorter than one concatenated row.
     """
 
-    def __init__(self, corpus: Corpus, length: int, mode: Mode = "packed", seed: int = 0) -> None:
+    def __init__(
+        self, corpus: Corpus, length: int, mode: Mode = "packed", seed: int = 0, clusters: _Int64s | None = None
+    ) -> None:
         if mode not in get_args(Mode):
-            raise InputError(f"The mode of contexts is {mode!r}; expected 'packed' or 'concatenated'.")
+            raise InputError(f"The mode of contexts is {mode!r}; expected 'packed', 'concatenated' or 'related'.")
+        if (mode == "related") != (clusters is not None):
+            raise InputError("Related contexts need the cluster of each protein, and only they take clusters.")
         if length < 3:
             raise InputError(f"The context has {length} tokens; expected at least 3 (bos, a residue, eos).")
         if not len(corpus):
@@ -93,13 +110,19 @@ class Contexts:
         self.length = length
         self.mode = mode
         self.seed = seed
-        self._plans: dict[int, _Packing | _Stream] = {}
-        self._first_contexts = [0]  # of each epoch known so far, and of the next
-        stream = corpus.num_residues + len(corpus)
-        if mode == "concatenated" and stream < length - 1:
+        self.clusters = clusters
+        self._order = ProteinOrder(corpus, seed)
+        self._num_windows = 1 if mode == "related" else self._order.num_windows
+        # Windows are numbered on through the epochs.
+        self._packings: dict[int, _Packing] = {}
+        self._streams: dict[int, _Stream] = {}
+        self._stream_starts: dict[int, _Int64s] = {}  # by epoch
+        self._first_contexts = [0]  # of each packed window known so far, and of the next
+        self._stream_tokens = corpus.num_residues + len(corpus)
+        if mode == "concatenated" and self._stream_tokens < length - 1:
             raise InputError(
-                f"The corpus has {stream:,} tokens, fewer than one context of {length:,}; expected a smaller --context "
-                "or packed contexts."
+                f"The corpus has {self._stream_tokens:,} tokens, fewer than one context of {length:,}; expected a smaller "
+                "--context or packed contexts."
             )
 
     @property
@@ -111,17 +134,16 @@ class Contexts:
 
     def contexts_in_epoch(self, epoch: int) -> int:
         """How many rows epoch 0, 1, 2... has; packed epochs differ a little, for their order does."""
-        while len(self._first_contexts) < epoch + 2:
-            plan = self._plan(len(self._first_contexts) - 1)
-            count = plan.num_contexts if isinstance(plan, _Stream) else len(plan.contexts) - 1
-            self._first_contexts.append(self._first_contexts[-1] + count)
-        return self._first_contexts[epoch + 1] - self._first_contexts[epoch]
+        if self.mode == "concatenated":
+            return self._stream_tokens // (self.length - 1)
+        first = epoch * self._num_windows
+        return self._first_context(first + self._num_windows) - self._first_context(first)
 
     def epoch_of(self, index: int) -> int:
         """The epoch in which context `index` is."""
-        while self._first_contexts[-1] <= index:
-            self.contexts_in_epoch(len(self._first_contexts) - 1)
-        return int(np.searchsorted(self._first_contexts, index, side="right")) - 1
+        if self.mode == "concatenated":
+            return index // self.contexts_in_epoch(0)
+        return self._window_of(index) // self._num_windows
 
     def rows(self, indices: Iterable[int]) -> ContextBatch:
         """The contexts with these numbers, one per row; a pure function of (corpus, length, mode, seed, indices)."""
@@ -131,41 +153,76 @@ class Contexts:
         input_ids = np.full((len(chosen), self.length), PAD, dtype=np.int64)
         position_ids = np.empty_like(input_ids)
         bounds = [0]
+        families: list[int] = []
         for row, index in enumerate(chosen):
-            epoch = self.epoch_of(index)
-            plan = self._plan(epoch)
-            number = index - self._first_contexts[epoch]
-            if isinstance(plan, _Stream):
-                self._read(plan, number, input_ids[row])
+            if self.mode == "concatenated":
+                self._read(index, input_ids[row])
                 position_ids[row] = np.arange(self.length)
             else:
+                window = self._window_of(index)
+                plan, number = self._packing(window), index - self._first_contexts[window]
                 sizes = self._unpack(plan, number, input_ids[row])
+                families += self._families(plan, number, len(sizes))
                 for size in sizes:
                     start = bounds[-1] - row * self.length
                     position_ids[row, start : start + size] = np.arange(size)
                     bounds.append(bounds[-1] + size)
-        return ContextBatch(input_ids, position_ids, np.array(bounds, np.int32) if self.mode == "packed" else None)
+        if self.mode == "concatenated":
+            return ContextBatch(input_ids, position_ids, None)
+        related = np.array(families, np.int64) if self.mode == "related" else None
+        return ContextBatch(input_ids, position_ids, np.array(bounds, np.int32), related)
 
-    def _plan(self, epoch: int) -> _Packing | _Stream:
-        if epoch not in self._plans:
-            # The raw output of a bit generator is the same in every version of numpy, that of its distributions is not.
-            keys = np.random.Philox(key=derive_seed(self.seed, "order", epoch)).random_raw(len(self.corpus))
-            order = np.argsort(keys, kind="stable")
-            plan = self._pack(order) if self.mode == "packed" else self._join(order)
-            # A batch spans two epochs at most times; older plans are made again when they are asked for.
-            self._plans = {**dict(list(self._plans.items())[-1:]), epoch: plan}
-        return self._plans[epoch]
+    def _window_of(self, index: int) -> int:
+        """The window in which packed context `index` is."""
+        while self._first_contexts[-1] <= index:
+            self._first_context(len(self._first_contexts))
+        return bisect_right(self._first_contexts, index) - 1
 
-    def _join(self, order: _Int64s) -> _Stream:
-        ends = np.cumsum(self.corpus.lengths[order] + 1)
-        return _Stream(order, ends, int(ends[-1]) // (self.length - 1))
+    def _first_context(self, window: int) -> int:
+        """The number of the first context of a packed window."""
+        while len(self._first_contexts) <= window:
+            plan = self._packing(len(self._first_contexts) - 1)
+            self._first_contexts.append(self._first_contexts[-1] + len(plan.contexts) - 1)
+        return self._first_contexts[window]
 
-    def _read(self, stream: _Stream, number: int, row: _Int64s) -> None:
-        row[0] = BOS
+    def _packing(self, window: int) -> _Packing:
+        if window not in self._packings:
+            epoch, number = divmod(window, self._num_windows)
+            if self.clusters is not None:
+                order = self._order.everything(epoch)
+                plan = self._pack(order[np.argsort(self.clusters[order], kind="stable")], epoch)
+            else:
+                plan = self._pack(self._order.window(epoch, number))
+            self._packings = _with_last(self._packings, window, plan)
+        return self._packings[window]
+
+    def _stream(self, window: int) -> _Stream:
+        if window not in self._streams:
+            epoch, number = divmod(window, self._num_windows)
+            order = self._order.window(epoch, number)
+            ends = self._starts_of(epoch)[number] + np.cumsum(self.corpus.lengths_of(order) + 1)
+            self._streams = _with_last(self._streams, window, _Stream(order, ends))
+        return self._streams[window]
+
+    def _starts_of(self, epoch: int) -> _Int64s:
+        """Where the windows of a concatenated epoch begin in its stream."""
+        if epoch not in self._stream_starts:
+            self._stream_starts = _with_last(self._stream_starts, epoch, self._order.tokens_before(epoch, extra=1))
+        return self._stream_starts[epoch]
+
+    def _read(self, index: int, row: _Int64s) -> None:
+        """Fill a row with a stretch of the stream of its epoch."""
+        epoch, number = divmod(index, self.contexts_in_epoch(0))
         position = number * (self.length - 1)
+        window = epoch * self._num_windows + int(np.searchsorted(self._starts_of(epoch), position, side="right")) - 1
+        stream = self._stream(window)
         protein = int(np.searchsorted(stream.ends, position, side="right"))
+        row[0] = BOS
         filled = 1
         while filled < self.length:
+            if protein == len(stream.order):
+                window, protein = window + 1, 0
+                stream = self._stream(window)
             ids = self.corpus[stream.order[protein]]
             offset = position + filled - 1 - (int(stream.ends[protein]) - len(ids) - 1)
             piece = ids[offset : offset + self.length - filled]
@@ -176,16 +233,46 @@ class Contexts:
                 filled += 1
             protein += 1
 
-    def _pack(self, order: _Int64s) -> _Packing:
-        tokens = self.corpus.lengths[order] + 2
+    def _pack(self, order: _Int64s, groups_of_epoch: int | None = None) -> _Packing:
+        tokens = self.corpus.lengths_of(order) + 2
         pieces = -(-tokens // self.length)
         proteins = np.repeat(order, pieces)
         starts = (np.arange(len(proteins)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * self.length
         sizes = np.minimum(np.repeat(tokens, pieces) - starts, self.length)
-        rows = _fit(sizes, self.length)
+        rows = (
+            fit_rows(sizes, self.length)
+            if groups_of_epoch is None
+            else self._fit_groups(proteins, sizes, groups_of_epoch)
+        )
         by_row = np.argsort(rows, kind="stable")
         contexts = np.concatenate([[0], np.cumsum(np.bincount(rows))])
         return _Packing(proteins[by_row], starts[by_row], sizes[by_row], contexts)
+
+    def _fit_groups(self, proteins: _Int64s, sizes: _Int64s, epoch: int) -> _Int64s:
+        """The row of each piece, where pieces come cluster by cluster and groups of a cluster's pieces stay together."""
+        assert self.clusters is not None
+        clusters = self.clusters[proteins]
+        groups = np.empty(len(sizes), dtype=np.int64)
+        group, used, last = -1, 0, -1
+        for piece, (cluster, size) in enumerate(zip(clusters.tolist(), sizes.tolist(), strict=True)):
+            if cluster != last or used + size > self.length:
+                group, used, last = group + 1, 0, cluster
+            groups[piece] = group
+            used += size
+        totals = np.bincount(groups, weights=sizes).astype(np.int64)
+        keys = np.random.Philox(key=derive_seed(self.seed, "groups", epoch)).random_raw(len(totals))
+        order = np.argsort(keys, kind="stable")
+        rows = np.empty(len(totals), dtype=np.int64)
+        rows[order] = fit_rows(totals[order], self.length)
+        return rows[groups]
+
+    def _families(self, packing: _Packing, number: int, count: int) -> list[int]:
+        """The clusters of a row's `count` segments, -1 for padding."""
+        if self.clusters is None:
+            return []
+        pieces = slice(int(packing.contexts[number]), int(packing.contexts[number + 1]))
+        found: list[int] = self.clusters[packing.proteins[pieces]].tolist()
+        return found + [-1] * (count - len(found))
 
     def _unpack(self, packing: _Packing, number: int, row: _Int64s) -> list[int]:
         """Fill a row; returns the sizes of its segments, the padding included."""
@@ -208,7 +295,12 @@ class Contexts:
         return sizes if filled == self.length else [*sizes, self.length - filled]
 
 
-def _fit(sizes: _Int64s, length: int) -> _Int64s:
+def _with_last(plans: dict[int, _Plan], number: int, plan: _Plan) -> dict[int, _Plan]:
+    """The plan that was made last, and one more: a batch spans two windows at most times; others are made again if asked for."""
+    return {**dict(list(plans.items())[-1:]), number: plan}
+
+
+def fit_rows(sizes: _Int64s, length: int) -> _Int64s:
     """The row of each piece: the open row that it fills best, or else a new one.
 
     At most `_OPEN_ROWS` rows are open, of which the fullest is closed when there are more; so pieces stay near their place in

@@ -31,7 +31,7 @@ from performers.data.alphabet import RESIDUES, expected_residues
 from performers.errors import FastaError
 
 MAX_LENGTH = 10_000_000
-BUNDLED = ("train", "validation", "test", "ood")
+BUNDLED = ("train", "validation", "test", "ood", "random")
 
 Source: TypeAlias = str | os.PathLike[str]
 OnInvalid: TypeAlias = Literal["error", "x", "skip"]
@@ -148,8 +148,8 @@ def read_fasta(
     """The records of one or several FASTA sources, in order, in bounded memory.
 
     Arguments:
-        source: a path, "-" for standard input, "bundled:train" (or validation, test, ood) for the packaged sample, or a list
-            of these.
+        source: a path, "-" for standard input, "bundled:train" (or validation, test, ood, random) for the packaged sample, or a
+            list of these.
         max_length: the most residues a record may have; a longer one is an error, never truncated.
         on_invalid: what to do with a character that is not a residue (stops, gaps, digits, J...): "error" refuses the file,
             "x" puts X in its place, "skip" leaves the record out.

@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO, TypeAlias, cast, get_args
@@ -252,32 +252,55 @@ def cluster_sequences(corpus: Corpus, *, identity: float = 0.5, threads: int | N
     return clusters
 
 
-def nearest_identities(
-    queries: Iterable[Record], training: Iterable[Record], *, threads: int | None = None
-) -> list[Neighbour]:
-    """The most similar training protein of each query (MMseqs2 `easy-search`, alignments over 80 % of the query).
+def similar_pairs(
+    queries: Sequence[Record], training: Sequence[Record], *, hits: int = 300, threads: int | None = None
+) -> Iterator[tuple[int, int, float]]:
+    """The training proteins that align with a query over 80 % of the query (MMseqs2 `easy-search`).
 
-    Returns:
-        One entry per query, in order.
+    Arguments:
+        hits: at most so many training proteins of each query.
+        threads: of MMseqs2; all by default.
+
+    Yields:
+        The number of the query, that of the training protein, and identical residues per aligned position, a fraction.
 
     Raises:
         MissingExtraError: MMseqs2 is not installed.
         RunError: MMseqs2 failed.
     """
+    if not queries or not training:
+        return
     with tempfile.TemporaryDirectory(prefix="performers-") as name:
         work = Path(name)
-        query_ids = _write_numbered(work / "queries.fasta", queries)
-        training_ids = _write_numbered(work / "training.fasta", training)
-        if not query_ids or not training_ids:
-            return [Neighbour(query, "", 0.0) for query in query_ids]
-        options = ["-c", "0.8", "--cov-mode", "2", "--alignment-mode", "3", "--format-output", "query,target,fident"]
-        _run_mmseqs(["easy-search", "queries.fasta", "training.fasta", "out.tsv", "tmp", *options], work, threads)
-        found = [Neighbour(query, "", 0.0) for query in query_ids]
+        _write_numbered(work / "queries.fasta", queries)
+        _write_numbered(work / "training.fasta", training)
+        options = ["-c", "0.8", "--cov-mode", "2", "--alignment-mode", "3", "--max-seqs", str(hits)]
+        columns = ["--format-output", "query,target,fident"]
+        _run_mmseqs(
+            ["easy-search", "queries.fasta", "training.fasta", "out.tsv", "tmp", *options, *columns], work, threads
+        )
         with (work / "out.tsv").open(encoding="ascii") as lines:
             for line in lines:
                 query, target, fraction = line.split("\t")
-                if float(fraction) > found[int(query)].identity:
-                    found[int(query)] = Neighbour(query_ids[int(query)], training_ids[int(target)], float(fraction))
+                yield int(query), int(target), float(fraction)
+
+
+def nearest_identities(
+    queries: Iterable[Record], training: Iterable[Record], *, threads: int | None = None
+) -> list[Neighbour]:
+    """The most similar training protein of each query, as `similar_pairs` finds it.
+
+    Returns:
+        One entry per query, in order.
+
+    Raises:
+        MissingExtraError, RunError: as `similar_pairs`.
+    """
+    asked, known = list(queries), list(training)
+    found = [Neighbour(record.id, "", 0.0) for record in asked]
+    for query, target, identity in similar_pairs(asked, known, threads=threads):
+        if identity > found[query].identity:
+            found[query] = Neighbour(asked[query].id, known[target].id, identity)
     return found
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from performers.models.configuration_performer import PRESETS, PerformerConfig
+    from performers.models.context import PerformerContext
     from performers.models.modeling_performer import (
         PerformerCache,
         PerformerForCausalLM,
@@ -27,6 +28,7 @@ _HOME = {
     "PRESETS": "configuration_performer",
     "PerformerCache": "modeling_performer",
     "PerformerConfig": "configuration_performer",
+    "PerformerContext": "context",
     "PerformerForCausalLM": "modeling_performer",
     "PerformerForMaskedLM": "modeling_performer",
     "PerformerForSequenceClassification": "modeling_performer",
@@ -40,6 +42,7 @@ __all__ = [
     "PRESETS",
     "PerformerCache",
     "PerformerConfig",
+    "PerformerContext",
     "PerformerForCausalLM",
     "PerformerForMaskedLM",
     "PerformerForSequenceClassification",

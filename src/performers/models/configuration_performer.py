@@ -15,6 +15,7 @@ from transformers.models.auto.configuration_auto import AutoConfig
 from performers.attention import MECHANISMS
 from performers.data.alphabet import BOS, EOS, MASK, PAD, VOCAB_SIZE
 from performers.errors import ConfigError
+from performers.models.bundled import located, take_names
 
 Count = Annotated[int, Field(gt=0)]
 Token = Annotated[int, Field(ge=0)] | None
@@ -120,6 +121,11 @@ class PerformerConfig(PreTrainedConfig):
                 raise ConfigError(f"{key}={value!r}: there is no such key; a Performer is configured by {known}.")
         super().__post_init__(**kwargs)
         self.validate_architecture()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *arguments: Any, **kwargs: Any) -> Any:
+        """As Hugging Face's, and by the name of a bundled model."""
+        return super().from_pretrained(located(pretrained_model_name_or_path), *arguments, **kwargs)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:
@@ -257,3 +263,4 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 AutoConfig.register("performer", PerformerConfig, exist_ok=True)
+take_names(AutoConfig)

@@ -12,6 +12,8 @@ reversible model does not keep the layers' inputs either (see `reversible`).
 
 import math
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -41,10 +43,12 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from performers.attention import MECHANISMS
+from performers.attention import MECHANISMS, Mechanism, SequenceShard
 from performers.errors import CheckpointError, ConfigError, InputError, UnsupportedError
+from performers.models.bundled import located, take_names
 from performers.models.chunking import run_in_chunks
 from performers.models.configuration_performer import PerformerConfig
+from performers.models.context import PerformerContext
 from performers.models.reversible import Call, Streams, Tape, run_reversibly
 from performers.randomness import derive_seed
 
@@ -67,6 +71,17 @@ class PerformerCache(Cache):
         super().__init__(layers=[])  # Hugging Face's cache layers hold keys and values; ours hold states
         self.states: list[Any] = [None] * num_layers
         self.num_tokens = 0
+
+    @classmethod
+    def after(cls, context: PerformerContext, rows: int = 1) -> Self:
+        """The cache of `rows` sequences that see a context and have not begun: what `generate` takes as `past_key_values`."""
+        cache = cls(len(context.states))
+        cache.states = list(context.for_rows(rows).states)
+        return cache
+
+    def check_packed(self) -> None:
+        """Refuse packed sequences, which could not be told apart by the next tokens."""
+        raise InputError("A cache goes on with one sequence per batch row: it cannot be combined with cu_seqlens.")
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """How many tokens have been seen."""
@@ -106,6 +121,13 @@ class PerformerCache(Cache):
 
     def __len__(self) -> int:
         return len(self.states)
+
+
+class _OneReading(PerformerCache):
+    """The states of a forward pass that begins from a context or leaves one behind, and does not go on: bidirectional, too."""
+
+    def check_packed(self) -> None:
+        """Nothing follows, so packed sequences may have a state each."""
 
 
 def map_chunks(function: Callable[..., Tensor], size: int, *tensors: Tensor) -> list[Tensor]:
@@ -273,6 +295,33 @@ class ResidualLinear(nn.Linear):
     """A linear map back into the residual stream, initialised so small that the sum over all layers keeps its size."""
 
 
+def attend_packed(
+    mechanism: Mechanism,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    state: Any,
+    return_state: bool,
+    **arguments: Any,
+) -> Any:
+    """A mechanism's outputs for packed sequences, each of which has a state of its own: sequence i is row i of the states."""
+    outs: list[Tensor] = []
+    states: list[Any] = []
+    offsets: list[int] = cu_seqlens.tolist()
+    before = [None] * (len(offsets) - 1) if state is None else state.rows()
+    for past, (start, stop) in zip(before, pairwise(offsets), strict=True):
+        q, v = query[:, :, start:stop], value[:, :, start:stop]
+        k = q if key is query else key[:, :, start:stop]
+        out = mechanism(q, k, v, state=past, return_state=return_state, **arguments)
+        outs.append(out[0] if return_state else out)
+        if return_state:
+            states.append(out[1])
+    out = torch.cat(outs, dim=2)
+    return (out, states[0].joined(states[1:])) if return_state else out
+
+
 class PerformerAttention(nn.Module):
     """Multi-head self-attention by the mechanism that the configuration names for this layer."""
 
@@ -295,11 +344,16 @@ class PerformerAttention(nn.Module):
         cu_seqlens: Tensor | None,
         state: Any,
         return_state: bool,
+        sequence: SequenceShard | None = None,
     ) -> tuple[Tensor, Any]:
         """The outputs, of shape (B, L, d), and the state after the last token, if asked for."""
         hidden = rounded(hidden)
         query = rotate(self._heads(self.q_proj, hidden), rotary)
-        out = self.mechanism(
+        has_states = state is not None or return_state
+        attend: Any = (
+            partial(attend_packed, self.mechanism) if has_states and cu_seqlens is not None else self.mechanism
+        )
+        out = attend(
             query,
             query if self.k_proj is None else rotate(self._heads(self.k_proj, hidden), rotary),
             self._heads(self.v_proj, hidden),
@@ -308,6 +362,7 @@ class PerformerAttention(nn.Module):
             cu_seqlens=cu_seqlens,
             state=state,
             return_state=return_state,
+            sequence=sequence,
         )
         out, state = out if return_state else (out, None)
         return self.out_proj(out.transpose(1, 2).flatten(2)), state
@@ -373,6 +428,7 @@ class PerformerLayer(GradientCheckpointingLayer):
         cu_seqlens: Tensor | None = None,
         past_key_values: PerformerCache | None = None,
         dropout_keys: DropoutKeys | None = None,
+        sequence: SequenceShard | None = None,
     ) -> Tensor:
         """The residual stream after this layer, (B, L, d); the layer's state in the cache, if there is one, is moved on."""
         if past_key_values is not None:
@@ -381,9 +437,21 @@ class PerformerLayer(GradientCheckpointingLayer):
                 hidden, rotary, key_padding_mask, dropout_keys, cu_seqlens, past, return_state=True
             )
             return hidden
-        if cu_seqlens is None and self.runs_in_chunks(hidden.shape[1]):
+        return self.whole(hidden, rotary, key_padding_mask, cu_seqlens, dropout_keys, sequence)
+
+    def whole(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        key_padding_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        dropout_keys: DropoutKeys | None,
+        sequence: SequenceShard | None,
+    ) -> Tensor:
+        """What `advance` puts out for sequences that have no state to go on from; long ones a chunk at a time."""
+        if cu_seqlens is None and sequence is None and self.runs_in_chunks(hidden.shape[1]):
             return run_in_chunks(self, hidden, rotary, key_padding_mask, dropout_keys)
-        return self.advance(hidden, rotary, key_padding_mask, dropout_keys, cu_seqlens)[0]
+        return self.advance(hidden, rotary, key_padding_mask, dropout_keys, cu_seqlens, sequence=sequence)[0]
 
     def runs_in_chunks(self, length: int) -> bool:
         """Whether a sequence of so many tokens goes through this layer a chunk at a time."""
@@ -402,10 +470,11 @@ class PerformerLayer(GradientCheckpointingLayer):
         cu_seqlens: Tensor | None = None,
         state: Any = None,
         return_state: bool = False,
+        sequence: SequenceShard | None = None,
     ) -> tuple[Tensor, Any]:
         """The residual stream after this layer, and the state after these tokens, if asked for."""
         normed = self.attention_norm(hidden)
-        attended, state = self.attention(normed, rotary, key_padding_mask, cu_seqlens, state, return_state)
+        attended, state = self.attention(normed, rotary, key_padding_mask, cu_seqlens, state, return_state, sequence)
         return self._output(hidden, attended, dropout_keys), state
 
     def absorb(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], key_padding_mask: Tensor | None, state: Any) -> Any:
@@ -441,18 +510,19 @@ class ReversibleLayer(PerformerLayer):
         cu_seqlens: Tensor | None = None,
         past_key_values: PerformerCache | None = None,
         dropout_keys: DropoutKeys | None = None,
+        sequence: SequenceShard | None = None,
     ) -> Streams:
         """The streams after this layer; the layer's state in the cache, if there is one, is moved on."""
         x1, x2 = streams.first, streams.second
         if streams.tape is not None:
-            return run_reversibly(Call(self, rotary, key_padding_mask, cu_seqlens, dropout_keys), streams)
+            return run_reversibly(Call(self, rotary, key_padding_mask, cu_seqlens, dropout_keys, sequence), streams)
         if past_key_values is not None:
             past = past_key_values.states[self.layer_idx]
             attended, past_key_values.states[self.layer_idx] = self.advance(
                 x2.to(self.dtype), rotary, key_padding_mask, dropout_keys, cu_seqlens, past, return_state=True
             )
         else:
-            attended = self.attended(x2, rotary, key_padding_mask, cu_seqlens, dropout_keys)
+            attended = self.attended(x2, rotary, key_padding_mask, cu_seqlens, dropout_keys, sequence)
         y1 = x1 + attended
         return streams.after(y1, x2 + self.fed_forward(y1, dropout_keys))
 
@@ -463,12 +533,10 @@ class ReversibleLayer(PerformerLayer):
         key_padding_mask: Tensor | None,
         cu_seqlens: Tensor | None,
         dropout_keys: DropoutKeys | None,
+        sequence: SequenceShard | None,
     ) -> Tensor:
         """What attention adds to the first stream, given the second."""
-        hidden = hidden.to(self.dtype)
-        if cu_seqlens is None and self.runs_in_chunks(hidden.shape[1]):
-            return run_in_chunks(self, hidden, rotary, key_padding_mask, dropout_keys)
-        return self.advance(hidden, rotary, key_padding_mask, dropout_keys, cu_seqlens)[0]
+        return self.whole(hidden.to(self.dtype), rotary, key_padding_mask, cu_seqlens, dropout_keys, sequence)
 
     def fed_forward(self, hidden: Tensor, dropout_keys: DropoutKeys | None) -> Tensor:
         """What the feed-forward block adds to the second stream, given the first."""
@@ -504,11 +572,13 @@ class PerformerPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """As Hugging Face's, but from safetensors alone: a pickle runs code when it is opened.
+        """As Hugging Face's, and by the name of a bundled model; from safetensors alone: a pickle runs code when it is opened.
 
         Raises:
+            InputError: there is no bundled model of that name.
             CheckpointError: the folder's weights are a pickle or damaged.
         """
+        pretrained_model_name_or_path = located(pretrained_model_name_or_path)
         if pretrained_model_name_or_path is not None:
             _refuse_pickles(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         try:
@@ -545,6 +615,13 @@ class PerformerPreTrainedModel(PreTrainedModel):
     def has_fixed_states(self) -> bool:
         """Whether every layer's attention state has a fixed size, so that sequences can be read chunk by chunk."""
         return all(module.has_fixed_state for module in self.modules() if isinstance(module, PerformerAttention))
+
+    @property
+    def cannot_shard_sequences(self) -> tuple[str, ...]:
+        """The mechanisms of layers whose tokens cannot lie on several processes."""
+        layers = [module for module in self.modules() if isinstance(module, PerformerLayer)]
+        names = [self.config.mechanisms[x.layer_idx] for x in layers if not x.attention.mechanism.shards_sequences]
+        return tuple(dict.fromkeys(names))
 
     def redraw_features_(self, seed: int, step: int) -> None:
         """Draw the random features of every layer anew, in place, as a pure function of (seed, step, layer)."""
@@ -597,6 +674,8 @@ class PerformerModel(PerformerPreTrainedModel):
         dropout_keys: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        context: PerformerContext | None = None,
+        sequence: SequenceShard | None = None,
     ) -> BaseModelOutputWithPast:
         """The hidden states of a batch of B rows of L tokens, or of packed sequences in one row.
 
@@ -613,10 +692,16 @@ class PerformerModel(PerformerPreTrainedModel):
                 key; with `past_key_values` one key per row, for all of its tokens. Without them torch's global generator is
                 used.
             output_hidden_states: whether to return the embeddings and every layer's output, the last one after the final norm.
+            context: what other proteins left behind (`read_context`), which every token sees besides its own sequence: one row
+                for all sequences, or one for each. A causal model's cache begins from it.
+            sequence: the tokens are this process's stretch of rows that lie on several (`SequenceGroup.shard`): all arguments
+                of shape (B, L) are those of the stretch, `cu_seqlens` and `dropout_keys` those of the whole. All processes of
+                the group call this, and differentiate it, together.
 
         Raises:
             InputError: arguments that contradict each other.
-            UnsupportedError: what no Performer can do: attention maps, masks of more than two dimensions.
+            UnsupportedError: what no Performer can do: attention maps, masks of more than two dimensions; or what a layer's
+                attention cannot.
         """
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise UnsupportedError(
@@ -625,20 +710,27 @@ class PerformerModel(PerformerPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("Give either input_ids or inputs_embeds.")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if context is not None:
+            past_key_values = self._begun(context, hidden, cu_seqlens, past_key_values, bool(use_cache))
         if use_cache and past_key_values is None:
             past_key_values = PerformerCache(self.config.num_hidden_layers)
+        if sequence is not None:
+            self._check_sharded(sequence, hidden, past_key_values)
+        start, whole = (0, hidden.shape[1]) if sequence is None else (sequence.start, sequence.length)
+        if isinstance(past_key_values, PerformerCache) and cu_seqlens is not None:
+            past_key_values.check_packed()
         seen = 0 if past_key_values is None else self._tokens_seen(past_key_values)
-        _check_inputs(hidden, seen, attention_mask, position_ids, cu_seqlens, dropout_keys)
+        _check_inputs(hidden, seen, whole, attention_mask, position_ids, cu_seqlens, dropout_keys)
         layers: Any = self.layers
-        in_chunks = past_key_values is None and cu_seqlens is None
+        in_chunks = past_key_values is None and cu_seqlens is None and sequence is None
         in_chunks = in_chunks and any(layer.runs_in_chunks(hidden.shape[1]) for layer in layers)
         tape = self._tape() if past_key_values is None else None
         if dropout_keys is None and self.training and (in_chunks or tape is not None):
             dropout_keys = torch.randint(2**62, (1,))  # what is replayed drops the same then
-        dropout = None if dropout_keys is None else DropoutKeys(dropout_keys, seen, seen + hidden.shape[1])
+        dropout = None if dropout_keys is None else DropoutKeys(dropout_keys, seen + start, seen + whole)
         key_padding_mask = None if attention_mask is None else attention_mask[:, seen:].bool()
         rotary = self.rotary(
-            _positions(hidden, seen, attention_mask, cu_seqlens) if position_ids is None else position_ids
+            _positions(hidden, seen, attention_mask, cu_seqlens, sequence) if position_ids is None else position_ids
         )
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -661,15 +753,77 @@ class PerformerModel(PerformerPreTrainedModel):
                 cu_seqlens=cu_seqlens,
                 past_key_values=past_key_values,
                 dropout_keys=dropout,
+                sequence=sequence,
             )
         hidden = self.norm(stream.merged().to(dtype) if self.config.reversible else stream)
         if past_key_values is not None:
             past_key_values.num_tokens += hidden.shape[1]
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=past_key_values,
+            past_key_values=None if isinstance(past_key_values, _OneReading) else past_key_values,
             hidden_states=(*all_hidden, hidden) if output_hidden_states else None,
         )
+
+    def read_context(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
+    ) -> PerformerContext:
+        """What each sequence, read alone, leaves behind for others: a context with a row for each. Differentiable.
+
+        Arguments: as `forward` takes them; with `cu_seqlens` a sequence is a packed one, otherwise a row of the batch.
+
+        Raises:
+            UnsupportedError: no layer has attention that can leave its sequence.
+        """
+        layers: Any = self.layers
+        if not any(layer.attention.mechanism.shared_kinds for layer in layers):
+            raise UnsupportedError(
+                f"attention={self.config.attention!r}: no layer can read another protein's state; expected favor or exact "
+                "attention in some layer."
+            )
+        cache = _OneReading(self.config.num_hidden_layers)
+        self(input_ids, attention_mask, position_ids, cu_seqlens, past_key_values=cache, dropout_keys=dropout_keys)
+        states = tuple(
+            layer.attention.mechanism.shareable(state) for layer, state in zip(layers, cache.states, strict=True)
+        )
+        return PerformerContext(states, len(input_ids) if cu_seqlens is None else len(cu_seqlens) - 1)
+
+    def _begun(
+        self,
+        context: PerformerContext,
+        hidden: Tensor,
+        cu_seqlens: Tensor | None,
+        past_key_values: PerformerCache | None,
+        use_cache: bool,
+    ) -> PerformerCache:
+        """The cache of sequences that see a context and have not begun."""
+        if past_key_values is not None:
+            raise InputError("Give either context or past_key_values, which begins from one (`PerformerCache.after`).")
+        if len(context.states) != self.config.num_hidden_layers:
+            raise InputError(
+                f"The context has states for {len(context.states)} layers, and the model has {self.config.num_hidden_layers}."
+            )
+        kind = PerformerCache if self.is_causal and use_cache else _OneReading
+        return kind.after(context, len(hidden) if cu_seqlens is None else len(cu_seqlens) - 1)
+
+    def _check_sharded(self, sequence: SequenceShard, hidden: Tensor, past_key_values: PerformerCache | None) -> None:
+        if past_key_values is not None:
+            raise UnsupportedError(
+                "sequence: tokens that lie on several processes are read at once, without a context, a cache or a state."
+            )
+        if self.cannot_shard_sequences:
+            raise UnsupportedError(
+                f"{', '.join(self.cannot_shard_sequences)}: attention to tokens that lie on several processes takes a mechanism "
+                "that sums them up, such as favor, in every layer."
+            )
+        if hidden.shape[1] != sequence.stop - sequence.start:
+            raise InputError(
+                f"The input has {hidden.shape[1]} tokens: expected the {sequence.stop - sequence.start} of this process."
+            )
 
     def _tape(self) -> Tape | None:
         """The tape of reversible layers that keep nothing: where there is a backward pass, and not in a compiled graph."""
@@ -682,7 +836,7 @@ class PerformerModel(PerformerPreTrainedModel):
         return {}
 
     def _tokens_seen(self, cache: Cache) -> int:
-        if not self.is_causal:
+        if not self.is_causal and not isinstance(cache, _OneReading):
             raise UnsupportedError("past_key_values, use_cache: only a causal Performer can go on from a state.")
         if self.training and any(layer.gradient_checkpointing for layer in self.layers):
             raise UnsupportedError("past_key_values, use_cache: gradient checkpointing would move the state on twice.")
@@ -694,6 +848,7 @@ class PerformerModel(PerformerPreTrainedModel):
 def _check_inputs(
     hidden: Tensor,
     seen: int,
+    whole: int,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -724,19 +879,29 @@ def _check_inputs(
             f"dropout_keys has shape {tuple(dropout_keys.shape)}: with past_key_values expected {(rows,)}, a key for each row."
         )
     if dropout_keys is not None and (
-        dropout_keys.ndim != 1 or not len(dropout_keys) or rows * length % len(dropout_keys)
+        dropout_keys.ndim != 1 or not len(dropout_keys) or rows * whole % len(dropout_keys)
     ):
         raise InputError(
             f"dropout_keys has shape {tuple(dropout_keys.shape)}: expected a row of keys whose number divides the "
-            f"{rows * length} tokens of the batch."
+            f"{rows * whole} tokens of the batch."
         )
 
 
-def _positions(hidden: Tensor, seen: int, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+def _positions(
+    hidden: Tensor,
+    seen: int,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    sequence: SequenceShard | None,
+) -> Tensor:
     """Positions, (B or 1, L), that count tokens from 0 where a sequence begins; padding is not counted."""
     if attention_mask is not None:
-        return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, seen:]
-    positions = torch.arange(seen, seen + hidden.shape[1], device=hidden.device)
+        counted = attention_mask.long().cumsum(1)
+        if sequence is not None:
+            counted = counted + sequence.summed_before(attention_mask.long().sum(1))[:, None]
+        return (counted - 1).clamp(min=0)[:, seen:]
+    first = seen if sequence is None else sequence.start
+    positions = torch.arange(first, first + hidden.shape[1], device=hidden.device)
     if cu_seqlens is not None:
         starts = cu_seqlens.to(positions)
         positions = positions - starts[torch.searchsorted(starts, positions, right=True) - 1]
@@ -765,6 +930,9 @@ class PerformerLanguageModel(PerformerPreTrainedModel):
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         logits_to_keep: int | Tensor = 0,
+        context_ids: Tensor | None = None,
+        relatives: Tensor | None = None,
+        sequence: SequenceShard | None = None,
         **inputs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits and, given labels, the loss.
@@ -775,22 +943,38 @@ class PerformerLanguageModel(PerformerPreTrainedModel):
                 (the labels are those of the inputs, not shifted); a masked one at its own position.
             num_items_in_batch: what to divide the summed loss by; the number of labels that count when None.
             logits_to_keep: compute logits for this many last tokens, or these positions, only; 0 for all.
+            context_ids: (B, L) the same sequences as others see them, with nothing masked.
+            relatives: (N, N), with `context_ids`; sequence i is read with a context of the sequences j, each read alone and
+                counted relatives[i, j] times.
+            sequence: as `PerformerModel.forward` takes it. The loss is then this process's part of the sum, and by default it is
+                divided by the labels of all.
 
         Returns:
             `loss`, a scalar in float32, zero if no label counts, and `logits` (B, L, vocab_size). In training with labels the
             logits are None: only the loss is needed then, and they are never formed as a whole.
         """
-        outputs = self.performer(input_ids, attention_mask, position_ids, cu_seqlens, return_dict=True, **inputs)
+        if (context_ids is None) != (relatives is None):
+            raise InputError("context_ids and relatives belong together: what is read, and by whom.")
+        if context_ids is not None and relatives is not None:
+            read = self.performer.read_context(
+                context_ids, attention_mask, position_ids, cu_seqlens, inputs.get("dropout_keys")
+            )
+            inputs["context"] = read.mixed(relatives)
+        outputs = self.performer(
+            input_ids, attention_mask, position_ids, cu_seqlens, return_dict=True, sequence=sequence, **inputs
+        )
         hidden = outputs.last_hidden_state
         loss = logits = None
         if labels is not None:
             if self.is_causal:
+                start = 0 if sequence is None else sequence.start
                 if cu_seqlens is not None:  # nothing comes before the first token of a sequence
-                    first = torch.isin(
-                        torch.arange(labels.shape[1], device=labels.device), cu_seqlens.to(labels.device)
-                    )
-                    labels = labels.masked_fill(first, IGNORED)
-                labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+                    places = torch.arange(start, start + labels.shape[1], device=labels.device)
+                    labels = labels.masked_fill(torch.isin(places, cu_seqlens.to(labels.device)), IGNORED)
+                following = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+                labels = following if sequence is None else sequence.one_ahead(labels, IGNORED)
+            if sequence is not None and num_items_in_batch is None:
+                num_items_in_batch = sequence.group.sum_((labels != IGNORED).sum()).clamp(min=1)
             loss = self.cross_entropy(hidden, labels, num_items_in_batch)
         if labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -916,8 +1100,13 @@ class PerformerForTokenClassification(PerformerPreTrainedModel):
         return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
-AutoModel.register(PerformerConfig, PerformerModel, exist_ok=True)
-AutoModelForMaskedLM.register(PerformerConfig, PerformerForMaskedLM, exist_ok=True)
-AutoModelForCausalLM.register(PerformerConfig, PerformerForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(PerformerConfig, PerformerForSequenceClassification, exist_ok=True)
-AutoModelForTokenClassification.register(PerformerConfig, PerformerForTokenClassification, exist_ok=True)
+_AUTO_CLASSES: dict[Any, type[PerformerPreTrainedModel]] = {
+    AutoModel: PerformerModel,
+    AutoModelForMaskedLM: PerformerForMaskedLM,
+    AutoModelForCausalLM: PerformerForCausalLM,
+    AutoModelForSequenceClassification: PerformerForSequenceClassification,
+    AutoModelForTokenClassification: PerformerForTokenClassification,
+}
+for _auto, _performer in _AUTO_CLASSES.items():
+    _auto.register(PerformerConfig, _performer, exist_ok=True)
+    take_names(_auto)

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from performers.models.chunking import Replay, precision, precision_of
 
 if TYPE_CHECKING:
+    from performers.attention import SequenceShard
     from performers.models.modeling_performer import DropoutKeys, ReversibleLayer
 
 
@@ -92,10 +93,13 @@ class Call:
     key_padding_mask: Tensor | None
     cu_seqlens: Tensor | None
     dropout_keys: DropoutKeys | None
+    sequence: SequenceShard | None
 
     def attended(self, second: Tensor) -> Tensor:
         """What attention adds to the first stream."""
-        return self.layer.attended(second, self.rotary, self.key_padding_mask, self.cu_seqlens, self.dropout_keys)
+        return self.layer.attended(
+            second, self.rotary, self.key_padding_mask, self.cu_seqlens, self.dropout_keys, self.sequence
+        )
 
     def fed_forward(self, first: Tensor, rows: slice) -> Tensor:
         """What the feed-forward block adds to these tokens of the second stream, given those of the first."""

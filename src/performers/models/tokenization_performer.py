@@ -26,6 +26,7 @@ from performers.data.alphabet import (
     expected_residues,
 )
 from performers.errors import InputError
+from performers.models.bundled import located, take_names
 from performers.models.configuration_performer import PerformerConfig
 
 _ROLES = dict(zip(("pad_token", "bos_token", "eos_token", "mask_token"), SPECIAL_TOKENS, strict=True))
@@ -61,6 +62,11 @@ class PerformerTokenizer(PreTrainedTokenizerFast):
         kwargs.pop("vocab", None)
         kwargs.pop("tokenizer_object", None)
         super().__init__(tokenizer_object=_backend(), add_bos_token=True, add_eos_token=add_eos, **{**kwargs, **_ROLES})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *arguments: Any, **kwargs: Any) -> Any:
+        """As Hugging Face's, and by the name of a bundled model."""
+        return super().from_pretrained(located(pretrained_model_name_or_path), *arguments, **kwargs)
 
     def encode_bulk(
         self, sequences: Sequence[str], add_special_tokens: bool = True
@@ -133,3 +139,4 @@ def _refuse_what_follows(readable: re.Pattern[str], text: str, where: str = "") 
 
 
 AutoTokenizer.register(PerformerConfig, PerformerTokenizer, exist_ok=True)
+take_names(AutoTokenizer)

@@ -25,25 +25,70 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from performers.tools.contact_prediction import Contacts, contacts, contacts_to
+    from performers.tools.context_states import ContextState, read_context
+    from performers.tools.designs import Design
     from performers.tools.embedding import Embedding, embed, embed_to
+    from performers.tools.finetuning import FinetuneResult, finetune
+    from performers.tools.generation import generate, generate_to
     from performers.tools.language_model import LanguageModel
+    from performers.tools.prediction import Prediction, predict, predict_to
     from performers.tools.proteins import Protein, read_proteins
+    from performers.tools.reporting import report
     from performers.tools.scorer import Score
     from performers.tools.scoring import score, score_to
 
 _HOME = {
+    "ContextState": "context_states",
+    "Contacts": "contact_prediction",
+    "Design": "designs",
     "Embedding": "embedding",
+    "FinetuneResult": "finetuning",
     "LanguageModel": "language_model",
+    "Prediction": "prediction",
     "Protein": "proteins",
     "Score": "scorer",
+    "contacts": "contact_prediction",
+    "contacts_to": "contact_prediction",
     "embed": "embedding",
     "embed_to": "embedding",
+    "finetune": "finetuning",
+    "generate": "generation",
+    "generate_to": "generation",
+    "predict": "prediction",
+    "predict_to": "prediction",
+    "read_context": "context_states",
     "read_proteins": "proteins",
+    "report": "reporting",
     "score": "scoring",
     "score_to": "scoring",
 }
 
-__all__ = ["Embedding", "LanguageModel", "Protein", "Score", "embed", "embed_to", "read_proteins", "score", "score_to"]
+__all__ = [
+    "Contacts",
+    "ContextState",
+    "Design",
+    "Embedding",
+    "FinetuneResult",
+    "LanguageModel",
+    "Prediction",
+    "Protein",
+    "Score",
+    "contacts",
+    "contacts_to",
+    "embed",
+    "embed_to",
+    "finetune",
+    "generate",
+    "generate_to",
+    "predict",
+    "predict_to",
+    "read_context",
+    "read_proteins",
+    "report",
+    "score",
+    "score_to",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,6 +22,7 @@ from performers.data import MAX_LENGTH, FastaReport
 from performers.data.fasta import OnInvalid
 from performers.errors import InputError, UnsupportedError
 from performers.tools.embedding_files import FORMATS, check_format, write_embeddings
+from performers.tools.engine import EngineName, choose_engine, use_own_gpu
 from performers.tools.jobs import run_tool
 from performers.tools.language_model import LanguageModel, Unread
 from performers.tools.proteins import Protein, Proteins, read_proteins
@@ -212,8 +213,8 @@ class Embedder(Tool[Protein]):
             f"Embeddings of {outcome.items - len(outcome.failed):,} proteins ({what}; layer {layers}) were computed with "
             f"performers {__version__} from the protein language model {self.model.name} "
             f"({self.model.num_parameters:,} parameters). "
-            f"Every protein was read whole, alone and in {str(self.model.dtype).removeprefix('torch.')}, and start and end "
-            "tokens were left out of the means."
+            f"Every protein was read whole, {self.model.company()}, in {str(self.model.dtype).removeprefix('torch.')}, "
+            "and start and end tokens were left out of the means."
         )
 
 
@@ -222,7 +223,7 @@ _Part: TypeAlias = dict[str, npt.NDArray[Any]]
 
 def embed(
     proteins: Proteins,
-    model: LanguageModel | str | Path | None,
+    model: LanguageModel | str | Path | None = None,
     *,
     include: Sequence[Include] = ("mean",),
     layers: Sequence[int] = (-1,),
@@ -232,6 +233,7 @@ def embed(
     on_invalid: OnInvalid = "error",
     device: str = "auto",
     dtype: str = "auto",
+    context: str | Path | None = None,
     failures: list[tuple[int, str, str]] | None = None,
 ) -> Iterator[Embedding]:
     """The embeddings of proteins, in order, in bounded memory.
@@ -243,9 +245,9 @@ def embed(
 
     Arguments:
         proteins: a FASTA, A3M, CSV, parquet, PDB or mmCIF file, several of them, or records.
-        model: a Performer, a converted model or a Hugging Face protein model: its folder, or opened.
+        model: a Performer, a converted model or a Hugging Face protein model: its folder, or opened; None for the bundled one.
         include, layers, chains, toks_per_batch, max_length, on_invalid: as in `Embedder`.
-        device, dtype: as in `LanguageModel.open`, for a folder.
+        device, dtype, context: as in `LanguageModel.open`, for a folder.
         failures: gets number, identifier and reason of each protein that fails and is left out; without it the first raises.
 
     Raises:
@@ -253,7 +255,7 @@ def embed(
         RunError: a protein failed and nobody takes the failures.
     """
     if not isinstance(model, LanguageModel):
-        model = LanguageModel.open(model, device=device, dtype=dtype)
+        model = LanguageModel.open(model, device=device, dtype=dtype, context=context)
     tool = Embedder(
         model,
         proteins,
@@ -277,13 +279,16 @@ def _without_axis(arrays: Arrays) -> dict[str, Any]:
 def embed_to(
     output: str | Path,
     sources: Sequence[str],
-    model: str | Path | None,
+    model: str | Path | None = None,
     *,
     file_format: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    context: str | Path | None = None,
     dry_run: bool = False,
     restart: bool = False,
+    engine: EngineName = "auto",
+    workers: int | None = None,
     **options: Any,
 ) -> Outcome:
     """`embed` into a file or folder, resumed where it was interrupted.
@@ -291,17 +296,21 @@ def embed_to(
     Arguments:
         output: an .h5, .npz or .parquet file, or a folder for one .pt file per protein.
         sources: files, "-" or "bundled:NAME".
-        model: a folder.
+        model: a folder; None for the bundled model.
         file_format: one of `FORMATS`; None tells it from the output's ending.
-        device, dtype: as in `LanguageModel.open`.
+        device, dtype, context: as in `LanguageModel.open`.
         dry_run, restart: as in `run_tool`.
+        engine, workers: where the work is done; as in `performers.tools.engine.choose_engine`.
         options: those of `Embedder`.
 
     Raises:
         InputError, RunError: as in `run_tool` and `Embedder`.
     """
     chosen = check_format(output, file_format)
-    tool = Embedder(LanguageModel.open(model, device=device, dtype=dtype), sources, file_format=chosen, **options)
+    chosen_engine = choose_engine(engine, workers)
+    use_own_gpu()
+    opened = LanguageModel.open(model, device=device, dtype=dtype, context=context)
+    tool = Embedder(opened, sources, file_format=chosen, **options)
     settings = {
         "include": tool.include,
         "layers": tool.layers,
@@ -311,7 +320,9 @@ def embed_to(
         "on_invalid": tool.on_invalid,
         "format": chosen,
     }
-    return run_tool(tool, output, sources=sources, settings=settings, dry_run=dry_run, restart=restart)
+    return run_tool(
+        tool, output, sources=sources, settings=settings, dry_run=dry_run, restart=restart, engine=chosen_engine
+    )
 
 
 __all__ = ["FORMATS", "Embedder", "Embedding", "embed", "embed_to"]

@@ -58,11 +58,6 @@ def check_format(output: str | Path, file_format: str | None) -> str:
         raise InputError(
             f"{output}: the format pt is a folder of files, one per protein; expected a name without an ending."
         )
-    if chosen == "h5":
-        try:
-            import h5py as _
-        except ImportError:
-            raise MissingExtraError("h5py", "hdf5", f"writing {output}") from None
     if chosen == "parquet":
         try:
             import pyarrow as _  # noqa: F401

@@ -10,15 +10,14 @@
    some items failed, `failed.tsv` beside it.
 
 Batches never reach over the end of a shard, so what a shard holds is a function of its items alone, and a run that was killed
-ends with the bytes of one that was not. Memory holds one shard at a time. Nothing here knows what the results mean.
+ends with the bytes of one that was not. Memory holds one shard at a time. `performers.tools.engine` says where shards are
+computed, `performers.tools.work` how they are kept. Nothing here knows what the results mean.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import random
 import re
 import shutil
 import sys
@@ -29,22 +28,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
-
 from performers import __version__
-from performers.data import FastaReport
-from performers.data.fasta import locate
 from performers.errors import InputError, OutputError, RunError
-from performers.folders import building_folder, fsync, room_for, temporary_name, write_file, writing
-from performers.randomness import derive_seed
-from performers.tools.language_model import Unread
+from performers.folders import fsync, room_for, write_file, writing
+from performers.tools.engine import LOCAL, Engine
 from performers.tools.tool import Item, Outcome, Result, Tool, Written
-from performers.training.runs import RunRecord, describe_file
-
-SAMPLES = 8
+from performers.tools.work import Plan, describe_sources
+from performers.tools.work import Work as _Work
+from performers.training.runs import RunRecord
 
 
 def run_tool(
@@ -55,6 +46,7 @@ def run_tool(
     settings: dict[str, Any],
     dry_run: bool = False,
     restart: bool = False,
+    engine: Engine = LOCAL,
 ) -> Outcome:
     """Run a tool so that it leaves an output, going on with what an earlier run of the same command left.
 
@@ -65,10 +57,12 @@ def run_tool(
         settings: all that decides the output besides the sources and the model.
         dry_run: say what the work would take, and do none of it.
         restart: forget what an earlier run left, and replace an output that is there.
+        engine: what computes the shards. One of several ranks comes back without an output, `Outcome.done` being False, where
+            others have not finished their shards: the last of them writes it.
 
     Raises:
-        InputError: the sources are at fault, hold nothing, or no item can be read.
-        OutputError: the output is in use, or its unfinished work is of other settings or inputs.
+        InputError: the sources are at fault, hold nothing, or no item can be read; several ranks were to start anew.
+        OutputError: the output is in use, or its unfinished work is of other settings or inputs, or another process is at it.
         DiskFullError: there is no room for the output.
         RunError: every item failed.
     """
@@ -77,233 +71,116 @@ def run_tool(
     settings |= {"device": str(tool.model.device), "dtype": str(tool.model.dtype).removeprefix("torch.")}
     settings = json.loads(json.dumps(settings, default=str))
     work = _Work(output, settings, sources)
-    in_use = any(output.iterdir()) if output.is_dir() else output.exists()
-    if in_use and output.is_dir() and not _is_of(tool, output):
+    if restart and engine.is_shared:
+        raise InputError(f"--restart with several processes: each would start anew; remove {output} and {work.folder}.")
+    if output.is_dir() and _is_in_use(output) and not _is_of(tool, output):
         raise OutputError(
             f"{output} is already in use; expected a new or empty folder or one of `performers {tool.command}`."
         )
-    if restart and not dry_run:
-        work.forget()
-    elif in_use and not restart and not work.exists:
-        outcome = _finished_before(tool, output, settings, sources)
-        work.forget()
-        return outcome
-    begun_before, begun = work.exists, False
-    try:
-        plan = work.plan(tool)
-        estimate = _estimate(tool, plan, work)
-        _announce(tool, plan, estimate, output)
+    with work.claimed(wait=engine.is_shared):
+        if _is_in_use(output) and not restart and not work.exists:
+            return _finished_before(tool, output, settings, sources, work)
+        plan, estimate = _begin(tool, output, work, engine, dry_run=dry_run, restart=restart)
         if dry_run:
             return Outcome(output, plan.items, plan.tokens, estimate=estimate, done=False)
-        with room_for(output, estimate["bytes_to_write"]):
-            begun = True
-    finally:
-        if not begun_before and not begun:
-            work.forget()
-    record = RunRecord(
-        _record_folder(tool, output),
-        tool.command,
-        arguments={**settings, "input": list(sources), "output": str(output)},
-        seed=None,
-        device=str(tool.model.device),
-        announce=False,  # the folder may hold the record of an earlier run until this one is done
-    )
-    with record, _kept(work.folder):
-        _compute_shards(tool, plan, work)
-        outcome = _assemble(tool, plan, work, estimate)
+        record = RunRecord(
+            _record_folder(tool, output),
+            tool.command,
+            arguments={**settings, "input": list(sources), "output": str(output)},
+            seed=None,
+            device=str(tool.model.device),
+            announce=False,  # the folder may hold the record of an earlier run until this one is done
+        )
         record.inputs(plan.inputs)
         for file in tool.model.weights:
             record.weights(file)
-        record.results(fingerprint=settings, **outcome.to_dict())
-        _write_beside(tool, outcome)
-    work.forget()
+        if not engine.is_shared:
+            with record, _kept(work.folder):
+                _compute_shards(tool, plan, work, engine)
+                outcome = _finish(tool, plan, work, estimate, record, settings)
+            work.forget()
+            return outcome
+    with _kept(work.folder):
+        _compute_shards(tool, plan, work, engine)
+    with work.claimed(wait=True):
+        if not work.exists:
+            # Another process found all shards done, this one's too.
+            if not _is_in_use(output):
+                work.forget()
+                raise RunError(f"Another process ended the work on {output}, without an output; it says why.")
+            return _finished_before(tool, output, settings, sources, work)
+        left = sum(not work.is_done(index) for index in range(len(plan.shards)))
+        if left:
+            _say(f"{left} of {len(plan.shards)} shards are left to the other processes; the last one writes {output}.")
+            return Outcome(output, plan.items, plan.tokens, estimate=estimate, done=False)
+        with record, _kept(work.folder):
+            outcome = _finish(tool, plan, work, estimate, record, settings)
+        work.forget()
+        return outcome
+
+
+def _is_in_use(output: Path) -> bool:
+    return any(output.iterdir()) if output.is_dir() else output.exists()
+
+
+def _begin(
+    tool: Tool[Any], output: Path, work: _Work, engine: Engine, *, dry_run: bool, restart: bool
+) -> tuple[Plan, dict[str, Any]]:
+    """The plan, new or that of an earlier run, and the estimate, which one process alone makes and says."""
+    if restart and not dry_run:
+        work.clear()
+    begun_before, begun = work.exists, False
+    try:
+        plan = work.plan(tool)
+        if engine.rank and not dry_run:
+            begun = True
+            return plan, {}
+        estimate = _estimate(tool, plan, work)
+        _announce(tool, plan, estimate, output)
+        if not dry_run:
+            with room_for(output, estimate["bytes_to_write"]):
+                begun = True
+        return plan, estimate
+    finally:
+        if not begun_before and not begun:
+            work.forget()
+
+
+def _finish(
+    tool: Tool[Any], plan: Plan, work: _Work, estimate: dict[str, Any], record: RunRecord, settings: dict[str, Any]
+) -> Outcome:
+    """Assemble the output, and write what goes beside it."""
+    outcome = _assemble(tool, plan, work, estimate)
+    record.results(fingerprint=settings, **outcome.to_dict())
+    _write_beside(tool, outcome)
     return outcome
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What there is to do. A shard is the place of its first item in `items.jsonl`, and the number of its items and tokens."""
-
-    items: int
-    tokens: int
-    num_bytes: int
-    longest: int
-    about: str
-    shards: list[tuple[int, int, int]]
-    samples: list[Any]
-    inputs: list[dict[str, Any]]
-    remarks: list[str]
-    settings: dict[str, Any]
-
-
-class _Work:
-    """The hidden folder in which an output comes to be."""
-
-    def __init__(self, output: Path, settings: dict[str, Any], sources: Sequence[str]) -> None:
-        self.output, self.folder = output, building_folder(output)
-        self._settings, self._sources = settings, sources
-        self._items = self.folder / "items.jsonl"
-        self._plan = self.folder / "plan.json"
-
-    @property
-    def exists(self) -> bool:
-        """Whether an earlier run got as far as its plan."""
-        return self._plan.is_file()
-
-    def forget(self) -> None:
-        """Remove everything, the plan first: without it the rest is nothing."""
-        self._plan.unlink(missing_ok=True)
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
-
-    def plan(self, tool: Tool[Any]) -> _Plan:
-        """The plan of an earlier run, or a new one."""
-        if not self.exists:
-            return self._make_plan(tool)
-        content = json.loads(self._plan.read_text(encoding="utf-8"))
-        plan = _Plan(**{**content, "shards": [tuple(shard) for shard in content["shards"]]})
-        different = [key for key, value in self._settings.items() if plan.settings.get(key) != value]
-        advice = "finish that, or start anew with --restart"
-        if different:
-            raise OutputError(
-                f"{self.folder} holds unfinished work for {self.output} with another {', '.join(different)}: {advice}."
-            )
-        if _describe_sources(self._sources) != plan.inputs:
-            raise OutputError(f"{self.folder} holds unfinished work for {self.output} on other input: {advice}.")
-        return plan
-
-    def _make_plan(self, tool: Tool[Any]) -> _Plan:
-        self.forget()
-        with room_for(self.folder):
-            self.folder.mkdir(parents=True)
-        report = FastaReport()
-        generator = random.Random(derive_seed(0, "estimate"))
-        samples: list[Any] = []
-        shards: list[tuple[int, int, int]] = []
-        count = refused = tokens = num_bytes = longest = start = in_shard = shard_tokens = 0
-        refusal = ""
-        with room_for(self._items), self._items.open("wb") as stream:
-            for item in tool.items(report):
-                content = tool.to_json(item)
-                stream.write(json.dumps(content, separators=(",", ":")).encode() + b"\n")
-                count += 1
-                cost = tool.tokens(item)
-                tokens, longest = tokens + cost, max(longest, tool.longest(item))
-                if (reason := tool.refusal(item)) is not None:
-                    refused += 1
-                    refusal = refusal or f"number {count:,} ({tool.label(item)[1]}): {reason}"
-                num_bytes += tool.num_bytes(item)
-                if len(samples) < SAMPLES:
-                    samples.append(content)
-                elif (place := generator.randrange(count)) < SAMPLES:
-                    samples[place] = content
-                in_shard, shard_tokens = in_shard + 1, shard_tokens + cost
-                if shard_tokens >= tool.shard_tokens:
-                    shards.append((start, in_shard, shard_tokens))
-                    start, in_shard, shard_tokens = stream.tell(), 0, 0
-            if in_shard:
-                shards.append((start, in_shard, shard_tokens))
-        if not count:
-            raise InputError(f"There are no {tool.noun} to work on in {', '.join(self._sources)}.")
-        if refused == count:
-            raise InputError(f"None of the {count:,} {tool.noun} can be read, first {refusal}.")
-        inputs = [{"name": file.name, "num_bytes": file.num_bytes, "sha256": file.sha256} for file in report.inputs]
-        plan = _Plan(
-            items=count,
-            tokens=tokens,
-            num_bytes=num_bytes,
-            longest=longest,
-            about=tool.about(report),
-            shards=shards,
-            samples=samples,
-            inputs=inputs,
-            remarks=report.remarks(),
-            settings=self._settings,
-        )
-        write_file(self._plan, json.dumps(vars(plan)))
-        return plan
-
-    def shard(self, index: int) -> Path:
-        """Where a shard's results are, when they are."""
-        return self.folder / f"{index:06d}.safetensors"
-
-    def is_done(self, index: int) -> bool:
-        """Whether a shard's results are there."""
-        path = self.shard(index)
-        if not path.is_file():
-            return False
-        try:
-            with safe_open(path, framework="numpy"):
-                return True
-        except (SafetensorError, OSError):
-            return False
-
-    def items(self, tool: Tool[Item], shard: tuple[int, int, int]) -> list[Item]:
-        """The items of a shard."""
-        start, count, _ = shard
-        with self._items.open("rb") as stream:
-            stream.seek(start)
-            return [tool.from_json(json.loads(stream.readline())) for _ in range(count)]
-
-    def save(self, index: int, results: Sequence[Result]) -> None:
-        """Keep the results of a shard, whole and durable."""
-        arrays = {
-            f"{place}/{name}": np.ascontiguousarray(array)
-            for place, result in enumerate(results)
-            if not isinstance(result, Unread)
-            for name, array in result.items()
-        }
-        unread = {str(place): result.reason for place, result in enumerate(results) if isinstance(result, Unread)}
-        path = self.shard(index)
-        temporary = temporary_name(path)
-        with room_for(path, sum(array.nbytes for array in arrays.values())):
-            save_file(arrays, temporary, metadata={"unread": json.dumps(unread)})
-            fsync(temporary)
-            os.replace(temporary, path)
-            fsync(path.parent)
-
-    def unread(self, index: int) -> dict[int, str]:
-        """Which items of a shard have no result, and why."""
-        with safe_open(self.shard(index), framework="numpy") as file:
-            return {int(place): reason for place, reason in json.loads(file.metadata()["unread"]).items()}
-
-    def results(self, index: int, count: int) -> Iterator[Result]:
-        """The results of a shard's items, in order."""
-        unread = self.unread(index)
-        found: list[dict[str, npt.NDArray[Any]]] = [{} for _ in range(count)]
-        for key, array in load_file(self.shard(index)).items():
-            place, _, name = key.partition("/")
-            found[int(place)][name] = array
-        for place, arrays in enumerate(found):
-            yield Unread(unread[place]) if place in unread else arrays
-
-
-def _describe_sources(sources: Sequence[str]) -> list[dict[str, Any]]:
-    """What the plan says of its inputs, for the files as they are now."""
-    report: list[dict[str, Any]] = []
-    for source in sources:
-        path = locate(source)
-        if path is None:
-            digest, size = hashlib.sha256(), 0
-            while block := sys.stdin.buffer.read(1 << 20):
-                digest.update(block)
-                size += len(block)
-            report.append({"name": "standard input", "num_bytes": size, "sha256": digest.hexdigest()})
-        else:
-            report.append({**describe_file(path), "name": str(source)})
-    return report
-
-
-def _compute_shards(tool: Tool[Any], plan: _Plan, work: _Work) -> None:
-    missing = [index for index in range(len(plan.shards)) if not work.is_done(index)]
-    if len(missing) < len(plan.shards):
-        _say(f"{len(plan.shards) - len(missing)} of {len(plan.shards)} shards were done before.")
+def _compute_shards(tool: Tool[Any], plan: Plan, work: _Work, engine: Engine) -> None:
+    own = [index for index in range(len(plan.shards)) if engine.takes(index)]
+    missing = [index for index in own if not work.is_done(index)]
+    if len(missing) < len(own):
+        _say(f"{len(own) - len(missing)} of {len(own)} shards were done before.")
     total = sum(plan.shards[index][2] for index in missing)
     with _progress(total) as advance:
-        for index in missing:
-            shard = plan.shards[index]
-            work.save(index, tool.compute(work.items(tool, shard)))
-            advance(shard[2])
+        for index, results in engine.compute(tool, _Missing(plan, work, missing)):
+            work.save(index, results)
+            advance(plan.shards[index][2])
+
+
+@dataclass(frozen=True)
+class _Missing:
+    """The shards that are to be computed, as engines take them."""
+
+    plan: Plan
+    work: _Work
+    indices: list[int]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def contents(self, index: int) -> list[Any]:
+        return self.work.contents(self.plan.shards[index])
 
 
 @dataclass(frozen=True)
@@ -311,7 +188,7 @@ class _Results:
     """All items with their results, in order, read from the shards as often as is asked."""
 
     tool: Tool[Any]
-    plan: _Plan
+    plan: Plan
     work: _Work
 
     def __iter__(self) -> Iterator[tuple[Any, Result]]:
@@ -327,7 +204,7 @@ class _Results:
             yield from ((*self.tool.label(items[place]), reason) for place, reason in sorted(unread.items()))
 
 
-def _assemble(tool: Tool[Any], plan: _Plan, work: _Work, estimate: dict[str, Any]) -> Outcome:
+def _assemble(tool: Tool[Any], plan: Plan, work: _Work, estimate: dict[str, Any]) -> Outcome:
     """Write the output from the shards and give it its name.
 
     Raises:
@@ -420,16 +297,19 @@ def _is_of(tool: Tool[Any], folder: Path) -> bool:
         return False
 
 
-def _finished_before(tool: Tool[Any], output: Path, settings: dict[str, Any], sources: Sequence[str]) -> Outcome:
-    """The outcome of an earlier run of the same command.
+def _finished_before(
+    tool: Tool[Any], output: Path, settings: dict[str, Any], sources: Sequence[str], work: _Work
+) -> Outcome:
+    """The outcome of an earlier run of the same command, which left nothing to do.
 
     Raises:
         OutputError: the output was not made by it.
     """
+    work.forget()
     try:
         content = json.loads((_record_folder(tool, output) / "run.json").read_text(encoding="utf-8"))
         results = content["results"]
-        same = results["fingerprint"] == settings and content["inputs"] == _describe_sources(sources)
+        same = results["fingerprint"] == settings and content["inputs"] == describe_sources(sources)
         outcome = Outcome(
             output, results["items"], results["tokens"], _read_failed(_record_folder(tool, output)), results["figures"]
         )
@@ -441,9 +321,9 @@ def _finished_before(tool: Tool[Any], output: Path, settings: dict[str, Any], so
     return outcome
 
 
-def _estimate(tool: Tool[Any], plan: _Plan, work: _Work) -> dict[str, Any]:
+def _estimate(tool: Tool[Any], plan: Plan, work: _Work) -> dict[str, Any]:
     """Seconds and bytes, from reading a few of the items."""
-    items = sorted((tool.from_json(sample) for sample in plan.samples), key=tool.tokens)
+    items = sorted((tool.probe(tool.from_json(sample)) for sample in plan.samples), key=tool.tokens)
     budget = max(2048, plan.tokens // 50)
     sample = [items[0]]
     for item in items[1:]:
@@ -462,7 +342,7 @@ def _estimate(tool: Tool[Any], plan: _Plan, work: _Work) -> dict[str, Any]:
     }
 
 
-def _announce(tool: Tool[Any], plan: _Plan, estimate: dict[str, Any], output: Path) -> None:
+def _announce(tool: Tool[Any], plan: Plan, estimate: dict[str, Any], output: Path) -> None:
     for remark in (*plan.remarks, *([] if (said := tool.model.remark()) is None else [said])):
         _say(remark)
     trained = tool.model.trained_length

@@ -1,20 +1,20 @@
 """One way to ask any protein language model: rows of tokens in, hidden states and log-probabilities per residue out.
 
-A `LanguageModel` is opened from a folder: a Performer (or its run), a converted model, or any Hugging Face protein model whose
-tokenizer gives one token per residue. It makes rows of tokens from chains, and reads rows in batches whose size is a number of
-tokens. Performers take rows packed end to end, other models take them padded; either way a row's numbers do not depend on what
-it shares a batch with (to 1e-5 in float32). A row that cannot be read, for want of memory or because its numbers are not finite,
-comes back as an `Unread` with the reason, and its batch mates come back as they are alone.
+A `LanguageModel` is opened by the name of a bundled model or from a folder: a Performer (or its run), a converted model, or any
+Hugging Face protein model whose tokenizer gives one token per residue. It makes rows of tokens from chains, and reads rows in
+batches whose size is a number of tokens. Performers take rows packed end to end, other models take them padded; either way a
+row's numbers do not depend on what it shares a batch with (to 1e-5 in float32). A row that cannot be read, for want of memory or
+because its numbers are not finite, comes back as an `Unread` with the reason, and its batch mates come back as they are alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,18 +26,17 @@ from performers.conversion import load
 from performers.data import BOS, EOS, FIRST_RESIDUE, MASK, RESIDUES, STANDARD_RESIDUES, VOCAB_SIZE
 from performers.errors import CheckpointError, InputError, PerformersError, UnsupportedError
 from performers.folders import MANIFEST, sha256_of, verify_folder
+from performers.models.bundled import MASKED, model_or_default, name_of
+from performers.models.context import PerformerContext
+from performers.tools.context_states import ContextState
 from performers.training.checkpoint import find_model, open_model, weights_files
 from performers.training.distributed import autocast, choose_device, choose_dtype
-
-NO_MODEL = (
-    "No --model was given, and this release brings none with it: give the folder of a model, for example one that "
-    "`performers pretrain` made."
-)
 
 _LETTER_CODES = np.full(128, -1, dtype=np.int64)
 _LETTER_CODES[[ord(letter) for letter in RESIDUES]] = np.arange(len(RESIDUES))
 
 _Ints = npt.NDArray[np.int64]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,7 @@ class LanguageModel:
         hidden_size: d.
         position_limit: the most tokens in a row that it has positions for, or None.
         trained_length: tokens it was trained on at a time, or None where the folder does not say.
+        context: what other proteins left behind, which every row is read with; None for rows alone.
         device, dtype: of the forward passes; weights stay in float32.
     """
 
@@ -123,25 +123,35 @@ class LanguageModel:
         self._mask = mask
         self._stand_ins = stand_ins
         self._has_logits = "ForMaskedLM" in type(model).__name__ or self.is_causal
+        self.context: ContextState | None = None
+        self._context: PerformerContext | None = None
 
     @classmethod
-    def open(cls, folder: str | Path | None, *, device: str = "auto", dtype: str = "auto") -> LanguageModel:
-        """Open a model folder, or a run's.
+    def open(
+        cls,
+        folder: str | Path | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        default: str = MASKED,
+        context: str | Path | None = None,
+    ) -> LanguageModel:
+        """Open a bundled model, a model folder, or a run's.
 
         Arguments:
-            folder: where the model is.
+            folder: where the model is, or its name.
             device: "auto" (cuda, then mps, then cpu), or one by name.
             dtype: "auto", "float32" or "bfloat16".
+            default: the bundled model that is opened where no folder is given.
+            context: a file that `performers read` wrote, to read every row with.
 
         Raises:
-            InputError: no folder was given.
+            InputError: there is no bundled model of that name; the context is no state, or another model's.
             CheckpointError: the folder holds no model, or one that is damaged or unsafe to open.
             UnsupportedError: the model's tokenizer does not give one token per residue.
         """
-        if folder is None:
-            raise InputError(NO_MODEL)
         chosen = choose_device(device)
-        path = find_model(folder)
+        path = find_model(model_or_default(folder, default))
         precision = choose_dtype(dtype, chosen)
         try:
             kind = json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]
@@ -150,7 +160,10 @@ class LanguageModel:
         if kind == "performer":
             table = range(FIRST_RESIDUE, VOCAB_SIZE)
             tokens: dict[str, Any] = {"table": table, "prefix": [BOS], "suffix": [EOS], "mask": MASK, "stand_ins": ""}
-            return cls(open_model(path), path, **tokens, device=chosen, dtype=precision)
+            opened = cls(open_model(path, any_head=True), path, **tokens, device=chosen, dtype=precision)
+            return opened if context is None else opened.use_context(ContextState.read(context))
+        if context is not None:
+            raise UnsupportedError(f"{path}: only a Performer can read a protein with a context.")
         if (path / MANIFEST).exists():
             verify_folder(path)
         try:
@@ -173,13 +186,23 @@ class LanguageModel:
         return sum(parameter.numel() for parameter in self._model.parameters())
 
     @property
+    def network(self) -> Any:
+        """The Hugging Face model, for what it alone can do."""
+        return self._model
+
+    @property
     def name(self) -> str:
-        """The name of its folder, for people; that of the run where the folder is just called `model`."""
+        """For people: a bundled model's, that of its folder, or that of the run where the folder is just called `model`."""
         folder = self.folder.resolve()
-        return folder.parent.name if folder.name == "model" else folder.name
+        return name_of(folder) or (folder.parent.name if folder.name == "model" else folder.name)
 
     def fingerprint(self) -> dict[str, str]:
-        """The SHA-256 of each file that decides its numbers."""
+        """The SHA-256 of each file that decides its numbers, and of the context that it reads with."""
+        context = {} if self.context is None else {"context": self.context.digest}
+        return {**self.weights_fingerprint(), **context}
+
+    def weights_fingerprint(self) -> dict[str, str]:
+        """The SHA-256 of each file that decides the model."""
         files = [self.folder / "config.json", *weights_files(self.folder)]
         return {file.name: sha256_of(file) for file in files}
 
@@ -187,6 +210,36 @@ class LanguageModel:
     def weights(self) -> list[Path]:
         """Its weights files."""
         return list(weights_files(self.folder))
+
+    def use_context(self, context: ContextState) -> LanguageModel:
+        """Itself, reading every row from now on with what other proteins left behind.
+
+        Raises:
+            InputError: it is another model's state.
+            UnsupportedError: the model is no Performer.
+        """
+        if not self.is_performer:
+            raise UnsupportedError(f"{self.folder}: only a Performer can read a protein with a context.")
+        self._context = context.for_model(self)
+        self.context = context
+        return self
+
+    def shareable_states(self) -> list[type]:
+        """The kinds of states that its layers share with other sequences, those of halves on their own."""
+        mechanisms = [layer.attention.mechanism for layer in self._model.performer.layers]
+        return [kind for mechanism in mechanisms for kind in mechanism.shared_kinds]
+
+    def left_behind(self, rows: Sequence[Row]) -> PerformerContext | Unread:
+        """What rows leave behind for others, each read alone: their sum; or why they cannot be read."""
+
+        def read() -> PerformerContext:
+            return self._model.performer.read_context(**self._end_to_end(rows)).summed()
+
+        with torch.inference_mode(), autocast(self.device, self.dtype):
+            context = self._unless_too_large(read, rows)
+        if isinstance(context, PerformerContext) and not context.is_finite():
+            return Unread("the model's numbers for it are not finite")
+        return context
 
     def check_language_model(self) -> None:
         """Refuse a model that predicts no residues.
@@ -220,8 +273,15 @@ class LanguageModel:
         return f"it takes {tokens:,} tokens, and the model has positions for {self.position_limit:,} only"
 
     def remark(self) -> str | None:
-        """What a user should be told of the model's alphabet."""
-        return self._stand_ins or None
+        """What a user should be told of the model's alphabet, and of the context it reads with."""
+        said = [self._stand_ins, *([] if self.context is None else self.context.remarks(self))]
+        return " ".join(filter(None, said)) or None
+
+    def company(self) -> str:
+        """What a protein is read with, as in "read alone"."""
+        if self.context is None:
+            return "alone"
+        return f"in the context of the summed states of {self.context.proteins:,} other proteins"
 
     def row(
         self, chains: Sequence[str], *, masked: Sequence[int] | _Ints = (), wanted: Sequence[int] | _Ints | None = None
@@ -318,16 +378,22 @@ class LanguageModel:
     def _try(
         self, rows: list[Row], layers: tuple[int, ...], log_probabilities: bool
     ) -> Sequence[Reading | Unread] | Unread:
-        try:
-            readings = self._forward(rows, layers, log_probabilities)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not _is_want_of_memory(error):
-                raise
-            return Unread(f"there is not enough memory on {self.device} for {max(map(len, rows)):,} tokens")
+        readings = self._unless_too_large(lambda: self._forward(rows, layers, log_probabilities), rows)
+        if isinstance(readings, Unread):
+            return readings
         return [
             reading if _is_finite(reading) else Unread("the model's numbers for it are not finite")
             for reading in readings
         ]
+
+    def _unless_too_large(self, read: Callable[[], T], rows: Sequence[Row]) -> T | Unread:
+        """What `read` makes of rows, unless it wants more memory than there is."""
+        try:
+            return read()
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not is_want_of_memory(error):
+                raise
+            return Unread(f"there is not enough memory on {self.device} for {max(map(len, rows)):,} tokens")
 
     @torch.inference_mode()
     def _forward(self, rows: list[Row], layers: tuple[int, ...], log_probabilities: bool) -> list[Reading]:
@@ -348,17 +414,24 @@ class LanguageModel:
     def _packed(self, rows: list[Row], layers: tuple[int, ...]) -> tuple[Any, list[Any]]:
         """The outputs of a Performer's body for rows end to end, and where in them each row is."""
         ends = np.cumsum([len(row) for row in rows])
+        output = self._model.performer(
+            **self._end_to_end(rows),
+            output_hidden_states=any(layer != self.num_layers for layer in layers),
+            context=self._context,
+        )
+        return output, [(0, slice(end - len(row), end)) for row, end in zip(rows, ends.tolist(), strict=True)]
+
+    def _end_to_end(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Rows packed into one, as arguments of a Performer's body."""
         arguments: dict[str, Tensor] = {}
         # A single chain goes without offsets: then long sequences run through the layers a chunk at a time.
         if len(rows) > 1 or (rows[0].positions[1:] <= rows[0].positions[:-1]).any():
             positions = np.concatenate([row.positions for row in rows])
+            ends = np.cumsum([len(row) for row in rows])
             arguments["position_ids"] = torch.from_numpy(positions)[None].to(self.device)
             arguments["cu_seqlens"] = torch.from_numpy(np.concatenate(([0], ends))).to(self.device)
         ids = torch.from_numpy(np.concatenate([row.ids for row in rows]))[None].to(self.device)
-        output = self._model.performer(
-            input_ids=ids, output_hidden_states=any(layer != self.num_layers for layer in layers), **arguments
-        )
-        return output, [(0, slice(end - len(row), end)) for row, end in zip(rows, ends.tolist(), strict=True)]
+        return {"input_ids": ids, **arguments}
 
     def _padded(self, rows: list[Row], layers: tuple[int, ...]) -> tuple[Any, list[Any]]:
         """The outputs of another model for rows padded on the right, and where in them each row is."""
@@ -387,7 +460,8 @@ class LanguageModel:
         return torch.log_softmax(logits.float(), dim=-1)[:, letters].cpu().numpy()
 
 
-def _is_want_of_memory(error: BaseException) -> bool:
+def is_want_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is not enough memory."""
     text = str(error)
     return isinstance(error, torch.OutOfMemoryError) or any(
         words in text for words in ("not enough memory", "can't allocate memory", "out of memory")
@@ -457,8 +531,8 @@ def _position_limit(model: Any) -> int | None:
 
 
 def _trained_length(config: Any, folder: Path) -> int | None:
-    """Tokens at a time in training: the context of the run that the folder lies in, or what the configuration says."""
-    for parent in (folder.parent, folder.parent.parent):
+    """Tokens at a time in training, as the settings of the run in or above the folder say, or the model's configuration."""
+    for parent in (folder, folder.parent, folder.parent.parent):
         with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
             return int(yaml.safe_load((parent / "config.yaml").read_text(encoding="utf-8"))["context"])
     return getattr(config, "max_position_embeddings", None)

@@ -434,6 +434,7 @@ class Scorer(Tool[Block]):
         return (
             f"{scored:,} protein variants were scored with performers {__version__} and the protein language model "
             f"{self.model.name} ({self.model.num_parameters:,} parameters) by {self.strategy}: {how} (Meier et al., 2021). "
+            f"Every sequence was read {self.model.company()}. "
             f"Proteins above {LONGEST_WITHOUT_STRIPES:,} residues were masked in {STRIPES} stripes unless stated otherwise, and "
             "scores were put on the scale of all single substitutions of the same protein. Not for clinical use."
         )

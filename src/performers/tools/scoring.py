@@ -15,6 +15,7 @@ from performers.data import MAX_LENGTH, RESIDUES, FastaReport, InputFile, Record
 from performers.data.fasta import OnInvalid
 from performers.errors import InputError
 from performers.folders import sha256_of
+from performers.tools.engine import EngineName, choose_engine, use_own_gpu
 from performers.tools.jobs import run_tool
 from performers.tools.language_model import LanguageModel
 from performers.tools.proteins import read_proteins
@@ -30,6 +31,7 @@ def score(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    context: str | Path | None = None,
     max_length: int = MAX_LENGTH,
     on_invalid: OnInvalid = "error",
     **options: Any,
@@ -45,8 +47,8 @@ def score(
         wild_type: a sequence, or a file of one or more; a table then says in its column `id` which one each row is about.
         variants: a table with a column `mutant` or `mutated_sequence`, or names of variants, or None for all single
             substitutions.
-        model: a masked or causal language model: its folder, or opened.
-        device, dtype: as in `LanguageModel.open`, for a folder.
+        model: a masked or causal language model: its folder, or opened; None for the bundled masked one.
+        device, dtype, context: as in `LanguageModel.open`, for a folder.
         max_length, on_invalid: as in `read_proteins`.
         options: those of `Scorer` from `strategy` to `toks_per_batch`.
 
@@ -55,7 +57,7 @@ def score(
         UnsupportedError: the model cannot do what the strategy needs.
     """
     if not isinstance(model, LanguageModel):
-        model = LanguageModel.open(model, device=device, dtype=dtype)
+        model = LanguageModel.open(model, device=device, dtype=dtype, context=context)
     source: VariantSource = variants if variants is None or isinstance(variants, str | Path) else tuple(variants)
     tool = _scorer(model, wild_type, source, max_length=max_length, on_invalid=on_invalid, **options)
     results = all_results_of(tool, tool.items(FastaReport()))
@@ -65,17 +67,20 @@ def score(
 def score_to(
     output: str | Path,
     wild_type: str | None,
-    model: str | Path | None,
+    model: str | Path | None = None,
     *,
     variants: str | None = None,
     proteingym: str | None = None,
     reference: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    context: str | Path | None = None,
     max_length: int = MAX_LENGTH,
     on_invalid: OnInvalid = "error",
     dry_run: bool = False,
     restart: bool = False,
+    engine: EngineName = "auto",
+    workers: int | None = None,
     **options: Any,
 ) -> Outcome:
     """`score` into a CSV file, resumed where it was interrupted; a ProteinGym folder into a folder.
@@ -86,8 +91,9 @@ def score_to(
         proteingym: a folder of assays, in place of `wild_type` and `variants`.
         reference: ProteinGym's reference file, with the columns DMS_id, DMS_filename and target_seq; the folder's own
             reference.csv unless given.
-        device, dtype: as in `LanguageModel.open`.
+        device, dtype, context: as in `LanguageModel.open`.
         dry_run, restart: as in `run_tool`.
+        engine, workers: where the work is done; as in `performers.tools.engine.choose_engine`.
         options: those of `Scorer`.
 
     Raises:
@@ -98,7 +104,9 @@ def score_to(
         raise InputError(f"{output}: expected {'a folder' if is_folder else 'a file whose name ends in .csv'}.")
     if (wild_type is None) != is_folder:
         raise InputError("Expected either --wild-type or --proteingym.")
-    opened = LanguageModel.open(model, device=device, dtype=dtype)
+    chosen_engine = choose_engine(engine, workers)
+    use_own_gpu()
+    opened = LanguageModel.open(model, device=device, dtype=dtype, context=context)
     if proteingym is not None:
         file, assays = _read_reference(Path(proteingym), reference)
         tool = _assay_scorer(opened, file, assays, max_length=max_length, on_invalid=on_invalid, **options)
@@ -122,7 +130,9 @@ def score_to(
         "max_length": max_length,
         "on_invalid": on_invalid,
     }
-    return run_tool(tool, output, sources=sources, settings=settings, dry_run=dry_run, restart=restart)
+    return run_tool(
+        tool, output, sources=sources, settings=settings, dry_run=dry_run, restart=restart, engine=chosen_engine
+    )
 
 
 def is_sequence(text: str | Path) -> bool:

@@ -60,6 +60,10 @@ class Tool(abc.ABC, Generic[Item]):
     def tokens(self, item: Item) -> int:
         """How many tokens are read for it."""
 
+    def probe(self, item: Item) -> Item:
+        """What is computed to tell how long an item takes: itself, or a smaller one of the same kind."""
+        return item
+
     def longest(self, item: Item) -> int:
         """The most tokens that are read at a time for it; all of them, where it is read at once."""
         return self.tokens(item)

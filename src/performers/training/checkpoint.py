@@ -2,8 +2,9 @@
 
 A checkpoint is a sealed folder `step-00000100` with what the task needs to open its model again, and beside it
 `optimizer.safetensors` and `generator.json`. In pretraining it is at the same time an ordinary Hugging Face folder: weights,
-configuration and tokenizer. There is no generator state in it, because every draw is a function of the seed and the step.
-Nothing here reads or writes a pickle.
+configuration and tokenizer. Where each process holds a share of the weights, all of them write theirs into its folder `shards`
+(see `performers.training.shards`), and any number of processes goes on from there, sharded or not. There is no generator state
+in it, because every draw is a function of the seed and the step. Nothing here reads or writes a pickle.
 """
 
 from __future__ import annotations
@@ -21,41 +22,73 @@ from safetensors.torch import load_file, save_file
 
 from performers.data import VOCAB_SIZE
 from performers.errors import CheckpointError, PerformersError
-from performers.folders import MANIFEST, sealed_folder, verify_folder
+from performers.folders import MANIFEST, room_for, sealed_folder, temporary_name, verify_folder
+from performers.models.bundled import located
+from performers.training.distributed import World, placed_like
+from performers.training.optimizers import moments_of
 from performers.training.run_folder import (
     GENERATOR,
     OPTIMIZER,
+    SHARDS,
     Progress,
     checkpoint_path,
     list_checkpoints,
     remove_checkpoint,
 )
+from performers.training.shards import load_moments, load_weights, save_shards
 from performers.training.task import Task
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_HEADS = {"mlm": "MaskedLM", "clm": "CausalLM"}
+_OTHER_HEADS = ("SequenceClassification", "TokenClassification")
 _COUNT = "step"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
 def save_checkpoint(
-    run: Path, task: Task[Any], model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
-) -> Path:
-    """Writes the checkpoint of `progress.step`, then removes all but the newest `task.config.keep`.
+    run: Path,
+    task: Task[Any],
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    world: World,
+) -> None:
+    """Writes the checkpoint of `progress.step`, then removes all but the newest `task.config.keep` and the best.
+
+    All processes call it. The first one makes the folder, writes what all have, and gives it its name when everything is in it.
 
     Raises:
         DiskFullError: there is no room; the earlier checkpoints are untouched.
     """
+    if not (world.is_main or world.is_sharded):
+        return
     path = checkpoint_path(run, progress.step)
-    path.parent.mkdir(exist_ok=True)
     moments = _moments(model, optimizer, progress.step)
+    if not world.is_main:
+        world.wait()
+        with room_for(path):
+            save_shards(temporary_name(path) / SHARDS, model, moments)
+        return
+    path.parent.mkdir(exist_ok=True)
     needed = _num_bytes(model.state_dict()) + _num_bytes(moments)
     with sealed_folder(path, needed=needed, replace=True) as folder, without_bars():
-        save_file(moments, folder / OPTIMIZER)
+        if world.is_sharded:
+            world.wait()  # the others, until the folder is there
+            save_shards(folder / SHARDS, model, moments)
+            task.save_architecture(model, folder)
+        else:
+            save_file(moments, folder / OPTIMIZER)
+            task.save(model, folder, finished=False)
         (folder / GENERATOR).write_text(json.dumps(dataclasses.asdict(progress)) + "\n", encoding="utf-8")
-        task.save(model, folder, finished=False)
-    for old in list_checkpoints(run)[: -task.config.keep]:
-        remove_checkpoint(old)
-    return path
+    checkpoints = list_checkpoints(run)
+    kept = set(checkpoints[-task.config.keep :])
+    kept |= {checkpoint_path(run, _progress_of(checkpoint).best_step) for checkpoint in kept}
+    for checkpoint in checkpoints:
+        if checkpoint not in kept:
+            remove_checkpoint(checkpoint)
+
+
+def _progress_of(path: Path) -> Progress:
+    return Progress(**json.loads((path / GENERATOR).read_text(encoding="utf-8")))
 
 
 def save_model(path: Path, task: Task[Any], model: torch.nn.Module) -> None:
@@ -81,9 +114,9 @@ def _moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int
     for name, parameter in model.named_parameters():
         if parameter in optimizer.state:
             state = optimizer.state[parameter]
-            moments |= {f"{name}.{moment}": state[moment] for moment in _MOMENTS}
-            if int(state["step"]) != step:
-                moments[f"{name}.{_COUNT}"] = state["step"]
+            moments |= {f"{name}.{moment}": state[moment] for moment in moments_of(optimizer, parameter)}
+            if int(state.get(_COUNT, step)) != step:
+                moments[f"{name}.{_COUNT}"] = state[_COUNT]
     return moments
 
 
@@ -93,27 +126,29 @@ def load_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.Op
     Raises:
         CheckpointError: the moments are not those of the model's parameters.
     """
-    moments = load_file(path / OPTIMIZER)
+    file = path / (SHARDS if (path / SHARDS).is_dir() else OPTIMIZER)
+    moments = load_moments(file, model) if file.is_dir() else load_file(file)
     for name, parameter in model.named_parameters():
-        found = {moment: moments.pop(f"{name}.{moment}", None) for moment in _MOMENTS}
+        found = {moment: moments.pop(f"{name}.{moment}", None) for moment in moments_of(optimizer, parameter)}
         count = moments.pop(f"{name}.{_COUNT}", torch.tensor(float(step)))
         shapes = {None if tensor is None else tensor.shape for tensor in found.values()}
         if shapes == {parameter.shape} and parameter.requires_grad:
-            state = {"step": count, **found}
-            optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in state.items()}
+            state = {_COUNT: count, **found}
+            optimizer.state[parameter] = {key: placed_like(tensor, parameter) for key, tensor in state.items()}
         elif shapes != {None}:
             moments[name] = count
     if moments:
-        raise CheckpointError(f"{path / OPTIMIZER} does not belong to the model beside it: names or shapes differ.")
+        raise CheckpointError(f"{file} does not belong to the model beside it: names or shapes differ.")
 
 
 def find_model(path: str | Path) -> Path:
-    """The model folder that `path` means: itself, the `model` folder of a run, or a run's newest checkpoint.
+    """The model folder that `path` means: a bundled model's, itself, the `model` folder of a run, or a run's newest checkpoint.
 
     Raises:
+        InputError: there is no bundled model of that name.
         CheckpointError: there is no model, or only one in a format that is never read.
     """
-    path = Path(path)
+    path = Path(located(path))
     if path.suffix in _PICKLES and path.is_file():
         raise CheckpointError(_pickle_sentence(path))
     for folder in (path, path / "model", *reversed(list_checkpoints(path))):
@@ -121,7 +156,7 @@ def find_model(path: str | Path) -> Path:
             break
     else:
         raise CheckpointError(f"{path}: expected a model folder with config.json and model.safetensors.")
-    if not any(folder.glob("*.safetensors")):
+    if not any(weights_files(folder)):
         pickles = sorted(file for file in folder.iterdir() if file.suffix in _PICKLES)
         raise CheckpointError(
             _pickle_sentence(pickles[0])
@@ -131,12 +166,13 @@ def find_model(path: str | Path) -> Path:
     return folder
 
 
-def open_model(path: str | Path, objective: str | None = None) -> Any:
-    """The language model in a folder, in evaluation mode on the CPU, after its files have been verified.
+def open_model(path: str | Path, objective: str | None = None, *, any_head: bool = False) -> Any:
+    """The Performer in a folder, in evaluation mode on the CPU, after its files have been verified.
 
     Arguments:
         path: anything `find_model` understands.
         objective: "mlm" or "clm" to open the weights as that kind of model; None opens what was saved.
+        any_head: whether a model that classifies proteins or residues will do, too; otherwise only a language model does.
 
     Raises:
         CheckpointError: the folder is damaged, unsafe or no language model, or its weights do not fit its configuration.
@@ -157,8 +193,12 @@ def open_model(path: str | Path, objective: str | None = None) -> Any:
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{file} is damaged or hostile: {error}.") from None
     _check_is_ours(folder)
-    objective = objective or _saved_objective(folder)
-    auto: Any = transformers.AutoModelForCausalLM if objective == "clm" else transformers.AutoModelForMaskedLM
+    head = _HEADS[objective] if objective else _saved_head(folder, any_head)
+    auto: Any = getattr(transformers, f"AutoModelFor{head}")
+    if (folder / SHARDS).is_dir():
+        model = auto.from_config(transformers.AutoConfig.from_pretrained(folder, local_files_only=True))
+        load_weights(folder / SHARDS, model)
+        return model.eval()
     try:
         with without_bars():
             model, report = auto.from_pretrained(
@@ -186,7 +226,8 @@ def objective_of(model: Any) -> str:
 
 def weights_files(folder: Path) -> Iterator[Path]:
     """The weights of a model folder, shard by shard."""
-    yield from sorted(file for file in folder.glob("*.safetensors") if file.name != OPTIMIZER)
+    at = folder / SHARDS if (folder / SHARDS).is_dir() else folder
+    yield from sorted(file for file in at.glob("*.safetensors") if file.name != OPTIMIZER)
 
 
 @contextlib.contextmanager
@@ -218,16 +259,17 @@ def _check_is_ours(folder: Path) -> None:
         )
 
 
-def _saved_objective(folder: Path) -> str:
+def _saved_head(folder: Path, any_head: bool) -> str:
     try:
         architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
     except (ValueError, KeyError, TypeError, IndexError):
         raise CheckpointError(
             f"{folder / 'config.json'}: expected JSON whose 'architectures' names the model."
         ) from None
-    if not str(architecture).endswith(("ForMaskedLM", "ForCausalLM")):
+    head = str(architecture).partition("For")[2]
+    if head not in _HEADS.values() and not (any_head and head in _OTHER_HEADS):
         raise CheckpointError(f"{folder} holds a {architecture}: expected a masked or causal language model.")
-    return "clm" if architecture.endswith("ForCausalLM") else "mlm"
+    return head
 
 
 def _pickle_sentence(path: Path) -> str:

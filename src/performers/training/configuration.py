@@ -74,7 +74,11 @@ class TrainConfig(BaseModel):
     micro_batch_size: int | None = Field(
         None, ge=1, description="Contexts in one forward pass of one process; gradients accumulate. [all at once]"
     )
-    learning_rate: Number = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="AdamW for all weights, or Muon for the matrices of hidden layers and AdamW for the others.",
+    )
+    learning_rate: Number = Field(1e-3, gt=0, description="Peak learning rate.")
     final_learning_rate: Number = Field(0.0, ge=0, description="Learning rate that the cosine ends at.")
     warmup_steps: int | None = Field(
         None, ge=0, description="Steps of linear warm-up. [a tenth of the steps, at most 1000]"
@@ -89,8 +93,13 @@ class TrainConfig(BaseModel):
     evaluate_every: int | None = Field(
         None, ge=0, description="Steps between evaluations; 0 only at the end. [a tenth]"
     )
+    patience: int = Field(
+        0,
+        ge=0,
+        description="Stop after so many evaluations without a lower validation loss and keep the best model; 0 takes all steps.",
+    )
     checkpoint_every: int = Field(500, ge=1, description="Steps between checkpoints.")
-    keep: int = Field(2, ge=1, description="Checkpoints kept.")
+    keep: int = Field(2, ge=1, description="Checkpoints kept, besides the best where there is one.")
 
     device: str = Field("auto", description="auto (cuda, then mps, then cpu), or one by name, e.g. cuda:1.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -172,9 +181,16 @@ class _LanguageModelling(BaseModel):
 
     objective: Literal["mlm", "clm"] = Field("mlm", description="Masked or causal (next-residue) language modelling.")
     context: int = Field(1024, ge=4, le=2**31 - 1, description="Tokens in one context.")
-    contexts: Literal["packed", "concatenated"] = Field(
+    contexts: Literal["packed", "concatenated", "related", "pairs"] = Field(
         "packed",
-        description="Proteins isolated in a context, or joined and read together (the paper's 8,192 experiment).",
+        description="Proteins isolated in a context, joined and read together (the paper's 8,192 experiment), or read with the "
+        "summed states of members of their cluster (see clusters), or pairs one after the other (see pairs).",
+    )
+    clusters: str | None = Field(
+        None, description="TSV of representative and member: which proteins are related, for contexts=related."
+    )
+    pairs: str | None = Field(
+        None, description="TSV of two identifiers, and a label of which 1 counts: the pairs, for contexts=pairs."
     )
     scheme: Literal["bert", "published", "mask"] = Field(
         "bert",
@@ -215,6 +231,13 @@ class _LanguageModelling(BaseModel):
     )
     evaluate_tokens: int = Field(16_384, ge=1, description="Tokens evaluated at once.")
     compile: bool = Field(False, description="Run the model through torch.compile.")
+    sharding: Literal["none", "full"] = Field(
+        "none",
+        description="Several processes: each holds the whole model, or a share of weights, gradients and moments (FSDP).",
+    )
+    sequence_parallel: int = Field(
+        1, ge=1, description="Processes that hold a context's tokens between them; attention must be favor."
+    )
 
 
 class PretrainConfig(TrainConfig, _LanguageModelling):
@@ -222,19 +245,40 @@ class PretrainConfig(TrainConfig, _LanguageModelling):
 
     FREE_ON_RESUME: ClassVar[frozenset[str]] = TrainConfig.FREE_ON_RESUME | {
         *("validation", "ood", "evaluate_proteins", "evaluate_tokens"),
-        *("compile", "gradient_checkpointing", "sequence_chunk"),
+        *("compile", "gradient_checkpointing", "sequence_chunk", "sharding", "sequence_parallel"),
     }
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.patience and not self.validation:
+            raise ValueError(f"patience={self.patience}: expected a validation set to go by.")
         if self.init_from is not None:
             for key in ("preset", "attention", "kernel", "num_features", "projection", "architecture"):
                 if getattr(self, key):
                     raise ValueError(
                         f"{key} and init_from exclude each other: a model folder brings its own architecture."
                     )
+        if (self.contexts == "related") != (self.clusters is not None):
+            raise ValueError("contexts=related and clusters belong together: a table that says who is related.")
+        if (self.contexts == "pairs") != (self.pairs is not None):
+            raise ValueError("contexts=pairs and pairs belong together: a table that says which proteins are pairs.")
+        if self.contexts == "related":
+            for key in ("gradient_checkpointing", "compile"):
+                if getattr(self, key):
+                    raise ValueError(f"contexts=related and {key} exclude each other.")
+            if self.sequence_parallel > 1:
+                raise ValueError("contexts=related and sequence_parallel exclude each other.")
         if self.sequence_chunk is not None:
             self._check_sequence_chunk()
+        if self.optimizer == "muon" and self.sharding == "full":
+            raise ValueError("optimizer=muon and sharding=full exclude each other: Muon takes a matrix as a whole.")
+        for key in ("compile", "sequence_chunk"):
+            for other, given in (
+                ("sharding=full", self.sharding == "full"),
+                ("sequence_parallel", self.sequence_parallel > 1),
+            ):
+                if getattr(self, key) and given:
+                    raise ValueError(f"{key} and {other} exclude each other.")
         return self
 
     def _check_sequence_chunk(self) -> None:

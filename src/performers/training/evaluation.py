@@ -9,7 +9,7 @@ can do that ignores the context.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,12 +30,17 @@ from performers.data import (
     read_fasta,
 )
 from performers.errors import InputError
+from performers.models.bundled import model_or_default, name_of
 from performers.randomness import derive_seed
 from performers.training.checkpoint import find_model, objective_of, open_model, weights_files
 from performers.training.distributed import World, autocast, choose_device, choose_dtype, use_threads
 from performers.training.runs import describe_file
 
 Interval = tuple[float, float]
+
+HELD_OUT = {"random": "bundled:random", "test": "bundled:test", "ood": "bundled:ood"}
+"""The proteins that the bundled models were not trained on, from easy to hard: drawn at random, so that training has relatives
+of them; of clusters (50 % identity) that training has nothing of; of families that training has nothing of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,9 +128,14 @@ def evaluate(
     training = model.training
     model.eval()
     try:
-        for batch in _batches(corpus, range(world.rank, len(corpus), world.size), batch_tokens):
+        batches = _batches(corpus, batch_tokens)
+        for first in range(0, len(batches), world.size):
+            # All processes make as many passes, since they share the weights of a sharded model; one may not count.
+            batch = batches[min(first + world.rank, len(batches) - 1)]
             examples = [_example(corpus[index], index, objective, scheme, mask_proportion, seed) for index in batch]
-            sums[batch] = _score(model, examples, objective, dtype)
+            found = _score(model, examples, objective, dtype)
+            if first + world.rank < len(batches):
+                sums[batch] = found
     finally:
         model.train(training)
     if world.size > 1:
@@ -134,47 +144,58 @@ def evaluate(
     return _summarise(sums, objective, scheme if objective == "mlm" else None, seed, resamples)
 
 
+def held_out_sets() -> dict[str, Corpus]:
+    """The sets of `HELD_OUT`, read."""
+    return {name: in_memory_corpus(read_fasta(source)) for name, source in HELD_OUT.items()}
+
+
 def evaluate_folder(
-    folder: str | Path,
-    proteins: Corpus,
+    folder: str | Path | None,
+    sets: Mapping[str, Corpus],
     *,
     device: str = "auto",
     dtype: str = "auto",
     threads: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """`evaluate` for a model folder, with a record of what was evaluated.
+    """`evaluate` for a model folder on some sets of proteins, with a record of what was evaluated.
 
     Arguments:
-        folder: a model folder, a checkpoint or a run.
-        proteins: what to evaluate on.
+        folder: a model folder, a checkpoint or a run, or the name of a bundled model; None for the bundled masked one.
+        sets: what to evaluate on, by name.
         device, dtype, threads: as in `PretrainConfig`.
         options: those of `evaluate`.
 
     Returns:
-        The figures of `Evaluation`, and model, weights, device and version.
+        "sets", the figures of `Evaluation` by name; and model, weights, parameters, attention, device, dtype and version.
 
     Raises:
         InputError: as `evaluate`; CheckpointError if there is no sound model in the folder.
     """
     with use_threads(threads):
         chosen = choose_device(device)
-        path = find_model(folder)
+        precision = choose_dtype(dtype, chosen)
+        path = find_model(model_or_default(folder))
         model = open_model(path).to(chosen)
-        figures = evaluate(model, proteins, dtype=choose_dtype(dtype, chosen), **options)
+        figures = {
+            name: evaluate(model, proteins, dtype=precision, **options).to_dict() for name, proteins in sets.items()
+        }
     return {
-        **figures.to_dict(),
-        "model": str(path),
+        "sets": figures,
+        "model": name_of(path) or str(path),
         "weights": [describe_file(file) for file in weights_files(path)],
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "attention": list(dict.fromkeys(model.config.mechanisms)),
         "device": str(chosen),
+        "dtype": str(precision).removeprefix("torch."),
         "version": __version__,
     }
 
 
-def _batches(corpus: Corpus, indices: Sequence[int], batch_tokens: int) -> list[list[int]]:
+def _batches(corpus: Corpus, batch_tokens: int) -> list[list[int]]:
     batches: list[list[int]] = []
     room = 0
-    for index in indices:
+    for index in range(len(corpus)):
         tokens = int(corpus.lengths[index]) + 2
         if not batches or tokens > room:
             batches.append([])
@@ -202,7 +223,7 @@ def _example(
     return inputs[0], labels[0]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # and not inference_mode, whose tensors a sharded model would keep for training
 def _score(
     model: Any,
     examples: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]],

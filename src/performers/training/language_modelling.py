@@ -14,7 +14,10 @@ import numpy as np
 import torch
 
 from performers.data import VOCAB_SIZE, Contexts, Corpus, mask_tokens, next_token_labels
+from performers.data.pair_contexts import PairContexts
+from performers.data.relatives import draw_relatives
 from performers.errors import ConfigError
+from performers.models.bundled import located
 from performers.randomness import derive_seed
 from performers.training.checkpoint import find_model, open_model, weights_files
 from performers.training.configuration import PretrainConfig
@@ -37,6 +40,11 @@ def open_for_training(config: PretrainConfig, checkpoint: Path | None) -> Any:
         raise ConfigError(
             f"sequence_chunk={config.sequence_chunk}: expected attention whose state has a fixed size in every layer, such "
             f"as favor, but the model has {', '.join(dict.fromkeys(model.config.mechanisms))}."
+        )
+    if config.sequence_parallel > 1 and model.cannot_shard_sequences:
+        raise ConfigError(
+            f"sequence_parallel={config.sequence_parallel}: expected attention that sums its tokens up, such as favor, in every "
+            f"layer, but the model has {', '.join(model.cannot_shard_sequences)}."
         )
     if config.gradient_checkpointing:
         # Renamed in the transformers of 2026.
@@ -82,7 +90,7 @@ def new_model(config: PretrainConfig) -> Any:
 
 def initial_weights(config: PretrainConfig) -> list[dict[str, Any]]:
     """The weights files that a run began from, as far as they are still there when it goes on."""
-    if config.init_from is None or not Path(config.init_from).exists():
+    if config.init_from is None or not Path(located(config.init_from)).exists():
         return []
     return [describe_file(file) for file in weights_files(find_model(config.init_from))]
 
@@ -94,18 +102,20 @@ def redraw_interval(config: PretrainConfig, model: Any) -> int:
     return _DEFAULT_REDRAW_INTERVAL if model.redraws_by_default else 0
 
 
-def micro_batches(config: PretrainConfig, contexts: Contexts, step: int, world: World) -> list[dict[str, torch.Tensor]]:
+def micro_batches(
+    config: PretrainConfig, contexts: Contexts | PairContexts, step: int, world: World
+) -> list[dict[str, torch.Tensor]]:
     """This process's share of step `step`, as arguments of the model's forward pass, a forward pass each.
 
-    Row i of the step is context `step * batch_size + i` since the start of training; process r takes rows r, r + size, ... .
-    Masks and dropout keys belong to rows, so how the rows are dealt out changes nothing.
+    Row i of the step is context `step * batch_size + i` since the start of training; the world deals the rows out. Masks and
+    dropout keys belong to rows, so how that is done changes nothing. Rows that several processes hold are whole in each.
 
     Returns:
         input_ids, labels and position_ids of shape (rows, context), int64, when contexts are concatenated; of shape
-        (1, rows * context) with cu_seqlens when they are packed; and dropout_keys of shape (rows,).
+        (1, rows * context) with cu_seqlens when they are packed or related; dropout_keys of shape (rows,); and when they are
+        related context_ids, the tokens with none masked, and relatives (segments, segments), who reads whom.
     """
-    first = step * config.batch_size
-    mine = range(first + world.rank, first + config.batch_size, world.size)
+    mine = world.rows(step * config.batch_size, config.batch_size)
     at_once = config.micro_batch_size or len(mine)
     examples: list[dict[str, torch.Tensor]] = []
     for start in range(0, len(mine), at_once):
@@ -122,9 +132,13 @@ def micro_batches(config: PretrainConfig, contexts: Contexts, step: int, world: 
             )
         else:
             inputs, labels = batch.input_ids, next_token_labels(batch.input_ids, batch.segments)
-        example = {"input_ids": inputs, "labels": labels, "position_ids": batch.position_ids}
+        example: dict[str, Any] = {"input_ids": inputs, "labels": labels, "position_ids": batch.position_ids}
+        if batch.families is not None:
+            example["context_ids"] = batch.input_ids
         if batch.segments is not None:
             example = {key: value.reshape(1, -1) for key, value in example.items()} | {"cu_seqlens": batch.segments}
+        if batch.families is not None:
+            example["relatives"] = draw_relatives(batch, rows, seed=config.seed, step=step)
         example["dropout_keys"] = np.array([derive_seed(config.seed, "dropout", step, int(row)) for row in rows])
         examples.append({key: torch.from_numpy(value) for key, value in example.items()})
     return examples

@@ -8,6 +8,7 @@ started again ends with the same bits, and any number of processes takes the sam
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -26,7 +27,16 @@ from performers.folders import room_for
 from performers.randomness import derive_seed
 from performers.training.checkpoint import load_optimizer, save_checkpoint, save_model, weights_files
 from performers.training.configuration import TrainConfig
-from performers.training.distributed import World, autocast, choose_dtype, join_world, keep_freed_memory, use_threads
+from performers.training.distributed import (
+    World,
+    autocast,
+    choose_dtype,
+    join_world,
+    keep_freed_memory,
+    use_threads,
+    whole,
+)
+from performers.training.optimizers import new_optimizer
 from performers.training.progress import ProgressDisplay
 from performers.training.run_folder import LOG, Progress, RunFolder, RunResult, checkpoint_path, join_run
 from performers.training.runs import RunRecord
@@ -47,10 +57,11 @@ def train(task: Task[Any], folder: RunFolder | None) -> RunResult:
     with contextlib.ExitStack() as stack:
         stack.enter_context(use_threads(config.threads))
         keep_freed_memory()
-        world = stack.enter_context(join_world(config.device))
+        world = stack.enter_context(join_world(config.device, **task.layout))
         folder = folder or join_run(task)
-        if config.batch_size % world.size:
-            raise ConfigError(f"batch_size={config.batch_size}: expected a multiple of the {world.size} processes.")
+        if config.batch_size % world.data_size:
+            groups = "processes" if world.sequence is None else "groups of processes"
+            raise ConfigError(f"batch_size={config.batch_size}: expected a multiple of the {world.data_size} {groups}.")
         record = RunRecord(
             folder.path,
             task.command,
@@ -61,9 +72,12 @@ def train(task: Task[Any], folder: RunFolder | None) -> RunResult:
         )
         if world.is_main:
             stack.enter_context(record)
-        model = task.open(folder.checkpoint)
-        progress = _take_steps(task, folder, world, model.to(world.device))
+        model = world.place(task.open(folder.checkpoint))
+        progress = _take_steps(task, folder, world, model, record)
         if world.is_main:
+            kept = progress.best_step if config.patience else progress.step
+            if world.is_sharded or kept < progress.step:
+                model = task.open(checkpoint_path(folder.path, kept))
             save_model(folder.path / "model", task, model.eval())
             task.picture(folder.path)
         world.wait()
@@ -74,9 +88,12 @@ def train(task: Task[Any], folder: RunFolder | None) -> RunResult:
     return result
 
 
-def _take_steps(task: Task[Any], folder: RunFolder, world: World, model: torch.nn.Module) -> Progress:
+def _take_steps(
+    task: Task[Any], folder: RunFolder, world: World, model: torch.nn.Module, record: RunRecord
+) -> Progress:
     """The loop."""
     config, progress, saved = task.config, folder.progress, folder.checkpoint
+    world.check_agreement(model)
     optimizer = new_optimizer(config, model)
     if saved:
         load_optimizer(saved, model, optimizer, progress.step)
@@ -88,10 +105,15 @@ def _take_steps(task: Task[Any], folder: RunFolder, world: World, model: torch.n
         ProgressDisplay(config.steps, progress.step, shown=world.is_main) as display,
     ):
 
-        def evaluate() -> None:
+        def evaluate() -> float | None:
+            """Measures the model; returns the validation loss."""
+            loss: float | None = None
             for figures in task.evaluate(model, world, dtype):
                 log.evaluation(progress, figures)
                 display.note(f"step {progress.step}: {figures.sentence}")
+                if figures.name == "validation":
+                    loss = figures.logged["loss"]
+            return loss
 
         display.note(
             f"{_count(model)} parameters on {world.device} x {world.size}; {task.describe()}; "
@@ -99,11 +121,12 @@ def _take_steps(task: Task[Any], folder: RunFolder, world: World, model: torch.n
         )
         if task.evaluates_at_the_start and not saved:
             evaluate()
-        for step in range(progress.step, config.steps):
+        for step in range(progress.step, progress.step if _has_settled(progress, config) else config.steps):
             started = time.monotonic()
             # Our own draws are all keyed; this is for foreign modules and for torch.compile.
             torch.manual_seed(derive_seed(config.seed, "global", step, world.rank))
-            task.before_step(model, step)
+            if task.before_step(model, step):
+                world.check_agreement(model)
             rate = config.learning_rate_at(step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -111,33 +134,63 @@ def _take_steps(task: Task[Any], folder: RunFolder, world: World, model: torch.n
             with _explained(step + 1, saved, task.needs_less):
                 loss = task.accumulate(model, step, world, dtype)
             world.sum_gradients_(model.parameters())
-            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            norm = whole(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
             # Every process learns of the loss and of the signals of all, so they stop at the same step.
             loss_value, *stop = world.sum_(torch.stack((loss, *interruption.flags(world.device)))).tolist()
             if not (math.isfinite(loss_value) and math.isfinite(norm.item())):
-                raise _non_finite(model, loss_value, step + 1, saved)
+                raise _non_finite(model, world, loss_value, step + 1, saved)
             if config.clip:
                 torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.clip, norm)
             optimizer.step()
             optimizer.zero_grad()
+            if world.sequence is not None and step == folder.progress.step:
+                display.note(_traffic(task, model, world, dtype, record))
 
             tokens = task.tokens(step)
-            progress = Progress(config.seed, step + 1, progress.tokens + tokens)
+            progress = dataclasses.replace(progress, step=step + 1, tokens=progress.tokens + tokens)
             display.step(progress.step, loss_value, tokens, time.monotonic() - started)
             log.training(progress, loss_value, rate, norm.item(), display.tokens_per_second)
             last = progress.step == config.steps
             if last or progress.step % config.evaluation_interval == 0:
-                evaluate()
-            if last or any(stop) or progress.step % config.checkpoint_every == 0:
+                found = evaluate()
+                if config.patience:
+                    if found is None:
+                        raise ConfigError(f"patience={config.patience}: there is no validation set to go by.")
+                    progress = progress.judged(found)
+            last = last or _has_settled(progress, config)
+            is_best = progress.best_step == progress.step
+            if last or is_best or any(stop) or progress.step % config.checkpoint_every == 0:
                 log.flush()
-                if world.is_main:
-                    save_checkpoint(folder.path, task, model, optimizer, progress)
+                save_checkpoint(folder.path, task, model, optimizer, progress, world)
                 world.wait()
                 saved = checkpoint_path(folder.path, progress.step)
             if any(stop) and not last:
                 display.note(f"interrupted and saved after step {progress.step}; the same command goes on from there")
                 interruption.leave(stop)
+            if last:
+                break
+        if progress.step < config.steps:
+            display.note(
+                f"stopped after step {progress.step}: the validation loss was lowest at step {progress.best_step}"
+            )
     return progress
+
+
+def _traffic(task: Task[Any], model: torch.nn.Module, world: World, dtype: torch.dtype, record: RunRecord) -> str:
+    """What attention has sent in the first step, beside what ring attention would; for people and for `run.json`."""
+    assert world.sequence is not None
+    sent = world.most(world.sequence.bytes_sent)
+    ring = task.ring_attention_bytes(model, world, dtype)
+    record.results(attention_bytes_per_step=sent, ring_attention_bytes_per_step=ring)
+    return (
+        f"attention sends {sent:,} bytes a process and step between the {world.sequence.size} that hold a context; "
+        f"ring attention would send {ring:,}"
+    )
+
+
+def _has_settled(progress: Progress, config: TrainConfig) -> bool:
+    """Whether a run with patience has lost it."""
+    return 0 < config.patience <= progress.evaluations_since
 
 
 def _count(model: torch.nn.Module) -> str:
@@ -171,10 +224,11 @@ def accumulate_gradients(
     Returns:
         This process's part of the loss, a scalar.
     """
-    labelled = sum(int((example["labels"] >= 0).sum()) for example in examples)
+    stretches = [world.stretch(example) for example in examples]
+    labelled = sum(int((example["labels"] >= 0).sum()) for example, _ in stretches)
     items = world.sum_(torch.tensor(labelled, device=world.device))
     loss = torch.zeros((), device=world.device)
-    for example in examples:
+    for example, shard in stretches:
         placed = {key: value.to(world.device) for key, value in example.items()}
         if sequence_chunk is not None:
             from performers.training.streaming import accumulate_in_chunks
@@ -182,22 +236,10 @@ def accumulate_gradients(
             loss += accumulate_in_chunks(forward, placed, items, sequence_chunk, lambda: autocast(world.device, dtype))
             continue
         with autocast(world.device, dtype):
-            part = forward(**placed, num_items_in_batch=items).loss
+            part = forward(**placed, **shard, num_items_in_batch=items).loss
         part.backward()
         loss += part.detach().float()
     return loss
-
-
-def new_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """AdamW (1711.05101) of the parameters that are trained; vectors, that is biases and norms, do not decay."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True
-    )
 
 
 @contextlib.contextmanager
@@ -221,12 +263,12 @@ def _explained(step: int, saved: Path | None, needs_less: str = "") -> Generator
         raise RunError(f"Step {step} does not fit into memory; {kept}. {needs_less}") from error
 
 
-def _non_finite(model: torch.nn.Module, loss: float, step: int, saved: Path | None) -> NonFiniteError:
+def _non_finite(model: torch.nn.Module, world: World, loss: float, step: int, saved: Path | None) -> NonFiniteError:
     first = next(
         (
             name
             for name, parameter in model.named_parameters()
-            if parameter.grad is not None and not parameter.grad.isfinite().all()
+            if parameter.grad is not None and not world.is_finite(parameter.grad)
         ),
         None,
     )

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 
-def plot_loss(log: Path, picture: Path, title: str) -> None:
+def plot_loss(log: Path, picture: Path, title: str, loss: str = "loss (nats per residue)") -> None:
     """Draws the training loss of every step and the evaluations in `log.jsonl` against the step.
 
     Arguments:
         log: the run's log, one JSON object a line.
         picture: the PNG to write.
         title: the heading.
+        loss: what the vertical axis shows.
     """
     from matplotlib.figure import Figure
 
@@ -36,9 +37,11 @@ def plot_loss(log: Path, picture: Path, title: str) -> None:
         points = [(entry["step"], entry["loss"]) for entry in entries if entry.get("evaluation") == name]
         if points:
             axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, label=name)
-    baselines = [entry["baseline_loss"] for entry in entries if entry.get("evaluation") == "validation"]
+    baselines = [
+        entry["baseline_loss"] for entry in entries if "baseline_loss" in entry and entry["evaluation"] == "validation"
+    ]
     if baselines:
         axes.axhline(baselines[-1], color="black", linestyle=":", linewidth=1, label="unigram baseline (validation)")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per residue)", title=title)
+    axes.set(xlabel="optimizer step", ylabel=loss, title=title)
     axes.legend(frameon=False, fontsize="small")
     figure.savefig(picture, dpi=150)

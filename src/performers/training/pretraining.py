@@ -16,9 +16,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from performers.data import Contexts, Corpus, FastaReport, build_corpus, in_memory_corpus, is_corpus_of, read_fasta
+from performers.data.pair_contexts import PairContexts, read_pairs
+from performers.data.relatives import read_clusters
+from performers.errors import InputError
 from performers.randomness import derive_seed
 from performers.training.configuration import PretrainConfig
 from performers.training.run_folder import RunResult, run_task
+from performers.training.runs import describe_file
 from performers.training.task import Figures, Task
 
 if TYPE_CHECKING:
@@ -61,11 +65,20 @@ class Pretraining(Task[PretrainConfig]):
 
     corpus: Corpus
 
+    @property
+    def layout(self) -> dict[str, Any]:
+        """As the configuration says."""
+        return {"sharding": self.config.sharding, "sequence_parallel": self.config.sequence_parallel}
+
     def check(self, *, begun: bool) -> None:
         """Reads the proteins to evaluate on; finds a missing file before anything is written."""
         _ = self.evaluation_sets
         if not begun and not self._is_corpus:
             read_fasta(self.config.input)
+        if self.config.clusters is not None and not Path(self.config.clusters).is_file():
+            raise InputError(f"{self.config.clusters} is not there; expected a table of clusters.")
+        if self.config.pairs is not None and not Path(self.config.pairs).is_file():
+            raise InputError(f"{self.config.pairs} is not there; expected a table of pairs.")
 
     def discard(self, run: Path, began: dict[str, Any]) -> None:
         """Removes a corpus that was built of other files, or read in another way."""
@@ -110,7 +123,8 @@ class Pretraining(Task[PretrainConfig]):
         """The FASTA files of the corpus, and the weights that the run begins from."""
         from performers.training.language_modelling import initial_weights
 
-        return [*self.corpus.metadata["report"]["inputs"], *initial_weights(self.config)]
+        tables = [describe_file(Path(name)) for name in (self.config.clusters, self.config.pairs) if name is not None]
+        return [*self.corpus.metadata["report"]["inputs"], *tables, *initial_weights(self.config)]
 
     def open(self, checkpoint: Path | None) -> torch.nn.Module:
         """The Performer.
@@ -124,18 +138,28 @@ class Pretraining(Task[PretrainConfig]):
 
         model = language_modelling.open_for_training(self.config, checkpoint)
         self._forward = torch.compile(model) if self.config.compile else model
-        self._contexts = Contexts(self.corpus, self.config.context, mode=self.config.contexts, seed=self.config.seed)
+        self._contexts = self._make_contexts()
         self._redraw_every = language_modelling.redraw_interval(self.config, model)
         return model
+
+    def _make_contexts(self) -> Contexts | PairContexts:
+        config = self.config
+        if config.contexts == "pairs":
+            assert config.pairs is not None
+            return PairContexts(self.corpus, read_pairs(config.pairs, self.corpus), config.context, config.seed)
+        clusters = None if config.clusters is None else read_clusters(config.clusters, self.corpus)
+        return Contexts(self.corpus, config.context, mode=config.contexts, seed=config.seed, clusters=clusters)
 
     def describe(self) -> str:
         """Proteins and residues."""
         return f"{len(self.corpus):,} proteins, {self.corpus.num_residues:,} residues"
 
-    def before_step(self, model: Any, step: int) -> None:
+    def before_step(self, model: Any, step: int) -> bool:
         """Redraws random features now and then."""
-        if self._redraw_every and step and step % self._redraw_every == 0:
-            model.redraw_features_(self.config.seed, step)
+        if not self._redraw_every or not step or step % self._redraw_every:
+            return False
+        model.redraw_features_(self.config.seed, step)
+        return True
 
     def accumulate(self, model: Any, step: int, world: World, dtype: torch.dtype) -> torch.Tensor:
         """One pass over the contexts of the step."""
@@ -144,6 +168,17 @@ class Pretraining(Task[PretrainConfig]):
 
         examples = micro_batches(self.config, self._contexts, step, world)
         return accumulate_gradients(self._forward, examples, world, dtype, self.config.sequence_chunk)
+
+    def ring_attention_bytes(self, model: Any, world: World, dtype: torch.dtype) -> int:
+        """Keys and values of every layer and row, once around the processes that hold the row, and back with their gradients."""
+        from performers.attention import ring_attention_bytes
+
+        shape, rows = model.config, len(world.rows(0, self.config.batch_size))
+        processes = 1 if world.sequence is None else world.sequence.size
+        layer = ring_attention_bytes(
+            self.config.context, shape.num_attention_heads, shape.head_dim, processes, dtype.itemsize
+        )
+        return layer * shape.num_hidden_layers * rows
 
     def tokens(self, step: int) -> int:
         """All contexts are of one length."""
@@ -156,12 +191,24 @@ class Pretraining(Task[PretrainConfig]):
         for name, proteins in self.evaluation_sets.items():
             yield measure(self.config, name, proteins, model, world, dtype)
 
+    def save_architecture(self, model: Any, folder: Path) -> None:
+        """Configuration and tokenizer."""
+        from performers.models import PerformerForCausalLM, PerformerForMaskedLM
+
+        kind = PerformerForCausalLM if self.config.objective == "clm" else PerformerForMaskedLM
+        model.config.architectures = [kind.__name__]
+        model.config.save_pretrained(folder)
+        self._tokenizer().save_pretrained(folder)
+
     def save(self, model: Any, folder: Path, *, finished: bool) -> None:
         """A Hugging Face folder, tokenizer included."""
+        self._tokenizer().save_pretrained(folder)
+        model.save_pretrained(folder)
+
+    def _tokenizer(self) -> Any:
         from performers.models import PerformerTokenizer
 
-        PerformerTokenizer(add_eos=self.config.objective == "mlm").save_pretrained(folder)
-        model.save_pretrained(folder)
+        return PerformerTokenizer(add_eos=self.config.objective == "mlm")
 
     def picture(self, run: Path) -> None:
         """The loss against the step."""

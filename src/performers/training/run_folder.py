@@ -25,6 +25,8 @@ from performers.training.task import Task
 
 LOG = "log.jsonl"
 OPTIMIZER = "optimizer.safetensors"
+SHARDS = "shards"
+"""The folder of a checkpoint in which each process has written its share of weights and moments."""
 GENERATOR = "generator.json"
 
 
@@ -36,11 +38,22 @@ class Progress:
         seed: the seed of the run.
         step: optimizer steps taken.
         tokens: tokens of context that these steps have read.
+        best_step, best_loss: where the validation loss was lowest, and what it was, in a run with patience.
+        evaluations_since: how many evaluations there were after that.
     """
 
     seed: int
     step: int
     tokens: int
+    best_step: int = 0
+    best_loss: float | None = None
+    evaluations_since: int = 0
+
+    def judged(self, loss: float) -> Progress:
+        """The same after an evaluation that found this validation loss."""
+        if self.best_loss is None or loss < self.best_loss:
+            return dataclasses.replace(self, best_step=self.step, best_loss=loss, evaluations_since=0)
+        return dataclasses.replace(self, evaluations_since=self.evaluations_since + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +122,9 @@ def run_task(task: Task[Any], *, resume: bool = True, resume_from: str | None = 
         DiskFullError: there is no room to save; the last checkpoint is whole.
         KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came; a checkpoint has been saved.
     """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        # torchrun has started the processes anew after one of them died: they go on, wherever the first ones began.
+        resume, resume_from = True, None
     if int(os.environ.get("RANK", "0")):
         from performers.training.loop import train
 
@@ -184,8 +200,8 @@ def load_progress(path: Path) -> Progress:
     """
     try:
         verify_folder(path)
-        for name in (OPTIMIZER, GENERATOR):
-            if not (path / name).is_file():
+        for name in (SHARDS if (path / SHARDS).is_dir() else OPTIMIZER, GENERATOR):
+            if not (path / name).exists():
                 raise CheckpointError(f"{path / name} is missing.")
         progress = Progress(**json.loads((path / GENERATOR).read_text(encoding="utf-8")))
         if path.name != checkpoint_path(path, progress.step).name:
@@ -213,10 +229,11 @@ def _starting_point(run: Path, task: Task[Any], resume_from: str | None) -> Path
         return None
     config = task.config
     began = type(config).parse(read_config(run / RUN_CONFIG))
+    free = config.FREE_ON_RESUME - ({"evaluate_every"} if config.patience else set())  # patience counts evaluations
     differing = [
         f"{key}={getattr(config, key)!r} (the run has {getattr(began, key)!r})"
         for key in type(config).model_fields
-        if key not in config.FREE_ON_RESUME and getattr(config, key) != getattr(began, key)
+        if key not in free and getattr(config, key) != getattr(began, key)
     ]
     if differing:
         raise ConfigError(

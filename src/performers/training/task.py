@@ -28,7 +28,7 @@ class Figures(NamedTuple):
     """How well a model does on one set.
 
     Attributes:
-        name: of the set, as "validation".
+        name: of the set, as "validation"; a run with patience goes by the `loss` that is logged of the set of this name.
         logged: the line of `log.jsonl`; JSON can hold it.
         charted: those of the figures that TensorBoard draws.
         sentence: the figures for people.
@@ -64,6 +64,14 @@ class Task(abc.ABC, Generic[Config]):
 
     def __init__(self, config: Config) -> None:
         self.config = config
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """How the work lies on several processes: `sharding` and `sequence_parallel`, as `join_world` takes them.
+
+        By default rows are dealt out and each process holds the whole model.
+        """
+        return {}
 
     # Before torch is loaded.
 
@@ -102,8 +110,13 @@ class Task(abc.ABC, Generic[Config]):
 
     # A step.
 
-    def before_step(self, model: Any, step: int) -> None:
-        """Changes the model as step `step` (from 0) needs it."""
+    def before_step(self, model: Any, step: int) -> bool:
+        """Changes the model as step `step` (from 0) needs it.
+
+        Returns:
+            Whether it drew anything anew, so that the processes compare what they have.
+        """
+        return False
 
     @abc.abstractmethod
     def accumulate(self, model: Any, step: int, world: World, dtype: torch.dtype) -> torch.Tensor:
@@ -112,6 +125,10 @@ class Task(abc.ABC, Generic[Config]):
         Returns:
             This process's part of the loss, a scalar.
         """
+
+    def ring_attention_bytes(self, model: Any, world: World, dtype: torch.dtype) -> int:
+        """What one process would send in a step by ring attention; of interest where rows lie on several."""
+        return 0
 
     @abc.abstractmethod
     def tokens(self, step: int) -> int:
@@ -124,6 +141,10 @@ class Task(abc.ABC, Generic[Config]):
         """Measures the model, which stays in its mode; all processes get the same figures."""
 
     # What stays.
+
+    def save_architecture(self, model: Any, folder: Path) -> None:
+        """Writes what `open` needs besides the weights, which the processes write themselves where each holds a share."""
+        raise NotImplementedError(f"{self.command} has no sharded checkpoints.")
 
     @abc.abstractmethod
     def save(self, model: Any, folder: Path, *, finished: bool) -> None:

@@ -214,8 +214,9 @@ def _backward_of(
     _, numerator, denominator, _, query, _, value, *_ = saved
     if d_out is None:
         d_out = query.new_zeros(*query.shape[:3], value.shape[-1])
+    # What comes back through a sum of states has the strides that the sum left it with; backends read whole rows.
     d_numerator, d_denominator = (
-        x.new_zeros(x.shape) if gradient is None else gradient
+        x.new_zeros(x.shape) if gradient is None else gradient.contiguous()
         for gradient, x in ((d_numerator, numerator), (d_denominator, denominator))
     )
     gradients = _backward(d_out, d_numerator, d_denominator, *saved, *ctx.flags)

@@ -1,0 +1,318 @@
+"""A family, or the partners of a protein, read once: sequences in, a file of fixed size out, to be read by other proteins.
+
+Every protein is read alone, positions from the start, and the FAVOR states it leaves behind are summed, layer by layer and head
+by head (see `performers.models.context`). The sum does not depend on the order, takes as many bytes for ten sequences as for a
+hundred thousand, and adds and subtracts: the state of two families is the sum of theirs. A file holds it with the hash of the
+model that it belongs to; another model's is refused. What a context is worth is another question: see `performers benchmark
+family`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from performers import __version__
+from performers.attention import FavorState, SplitState
+from performers.data import MAX_LENGTH, FastaReport
+from performers.data.fasta import OnInvalid
+from performers.errors import InputError, OutputError, RunError, UnsupportedError
+from performers.folders import fsync, room_for, temporary_name
+from performers.models.context import PerformerContext
+from performers.tools.proteins import Proteins, read_proteins
+
+if TYPE_CHECKING:
+    from performers.tools.language_model import LanguageModel
+
+FORMAT = "performers-context"
+VERSION = "1"
+PROTEINS_AT_ONCE = 32  # each has a state of its own until they are summed
+_FAVOR = ("numerator", "denominator", "log_scale")
+_PARTS = ("first", "second")
+
+
+@dataclass(frozen=True)
+class ContextState:
+    """What some proteins left behind, summed.
+
+    Attributes:
+        context: of one row, in float32 on the CPU.
+        model: the hash of the model that read them.
+        model_name: its name, for people.
+        proteins, residues: how many were read, chains counting as proteins.
+        longest: residues of the longest; after a subtraction at most so many.
+    """
+
+    context: PerformerContext
+    model: str
+    model_name: str
+    proteins: int
+    residues: int
+    longest: int
+
+    def __add__(self, other: ContextState) -> ContextState:
+        """The state after the proteins of both."""
+        self._check_model(other)
+        return replace(
+            self,
+            context=self.context.joined(other.context).summed(),
+            proteins=self.proteins + other.proteins,
+            residues=self.residues + other.residues,
+            longest=max(self.longest, other.longest),
+        )
+
+    def __sub__(self, other: ContextState) -> ContextState:
+        """The state without the proteins of another, which have to be in it.
+
+        Raises:
+            InputError: the other has more proteins or residues than this one, or as many, so that nothing would be left.
+        """
+        self._check_model(other)
+        if other.proteins >= self.proteins or other.residues >= self.residues:
+            raise InputError(
+                f"A state of {other.proteins:,} proteins ({other.residues:,} residues) cannot be taken out of one of "
+                f"{self.proteins:,} ({self.residues:,} residues): expected a part of it."
+            )
+        return replace(
+            self,
+            context=self.context.joined(other.context).mixed(torch.tensor([[1.0, -1.0]])),
+            proteins=self.proteins - other.proteins,
+            residues=self.residues - other.residues,
+        )
+
+    def for_model(self, model: LanguageModel) -> PerformerContext:
+        """The context, for the model that it belongs to, on its device.
+
+        Raises:
+            InputError: it is another model's.
+        """
+        if model_hash(model) != self.model:
+            raise InputError(
+                f"The state was read by {self.model_name} (hash {self.model[:12]}), and the model is {model.name} (hash "
+                f"{model_hash(model)[:12]}): a state belongs to the weights that made it. Read the proteins again."
+            )
+        return self.context.to(model.device)
+
+    def remarks(self, model: LanguageModel) -> list[str]:
+        """What a user should be told."""
+        limit = model.trained_length
+        if limit is None or self.longest + 2 <= limit:
+            return []
+        return [
+            f"The longest protein of the context has {self.longest:,} residues; {model.name} was trained on {limit:,} tokens "
+            "at a time."
+        ]
+
+    def write(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write a safetensors file, all of it or nothing.
+
+        Raises:
+            OutputError: there is a file already, or it cannot be written; DiskFullError: for want of room.
+        """
+        path = Path(path)
+        if path.exists() and not overwrite:
+            raise OutputError(f"{path} is already there; --restart replaces it.")
+        tensors = self._tensors()
+        about = {
+            "format": FORMAT,
+            "version": VERSION,
+            "performers": __version__,
+            "model": self.model,
+            "model_name": self.model_name,
+            "layers": str(len(self.context.states)),
+            "proteins": str(self.proteins),
+            "residues": str(self.residues),
+            "longest": str(self.longest),
+            "sha256": _digest(tensors),
+        }
+        temporary = temporary_name(path)
+        try:
+            with room_for(path, sum(tensor.nbytes for tensor in tensors.values())):
+                save_file(tensors, temporary, about)
+                fsync(temporary)
+                temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def read(cls, path: str | Path) -> ContextState:
+        """Read a file that `write` made.
+
+        Raises:
+            InputError: it is not there, no such file, of another version, or damaged.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"{path} is not there; expected a state that `performers read` wrote.")
+        try:
+            with safe_open(path, "pt") as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
+        except SafetensorError as error:
+            raise InputError(f"{path} is no state of `performers read`, or a damaged one ({error}).") from None
+        if about.get("format") != FORMAT:
+            raise InputError(f"{path} is no state of `performers read`.")
+        if about.get("version") != VERSION:
+            raise InputError(f"{path} is of version {about.get('version')}; this release reads version {VERSION}.")
+        if about.get("sha256") != _digest(tensors):
+            raise InputError(f"{path} is damaged: its numbers do not have the SHA-256 that it was written with.")
+        states = tuple(_state(tensors, f"layers.{number}") for number in range(int(about["layers"])))
+        counts = {key: int(about[key]) for key in ("proteins", "residues", "longest")}
+        return cls(PerformerContext(states, 1), about["model"], about["model_name"], **counts)
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of its numbers."""
+        return _digest(self._tensors())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {
+            name: tensor
+            for number, state in enumerate(self.context.states)
+            for name, tensor in _named(state, f"layers.{number}").items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the numbers, fit for JSON."""
+        counts = {"proteins": self.proteins, "residues": self.residues, "longest": self.longest}
+        return {"model": self.model_name, "model_hash": self.model, **counts}
+
+    def _check_model(self, other: ContextState) -> None:
+        if self.model != other.model:
+            raise InputError(
+                f"States of different models do not add: {self.model_name} (hash {self.model[:12]}) and {other.model_name} "
+                f"(hash {other.model[:12]})."
+            )
+
+
+def model_hash(model: LanguageModel) -> str:
+    """One hash of the files that decide a model's numbers, whatever context it has been given."""
+    return hashlib.sha256(json.dumps(model.weights_fingerprint(), sort_keys=True).encode()).hexdigest()
+
+
+def read_context(
+    model: LanguageModel,
+    proteins: Proteins,
+    *,
+    toks_per_batch: int = 16_384,
+    max_length: int = MAX_LENGTH,
+    on_invalid: OnInvalid = "error",
+    report: FastaReport | None = None,
+    failures: list[tuple[int, str, str]] | None = None,
+) -> ContextState:
+    """Read proteins, each alone, and sum what they leave behind; in memory that does not grow with their number.
+
+    Arguments:
+        model: a Performer in which some layer has favor attention.
+        proteins: as `read_proteins` takes them; of several chains each is read alone.
+        toks_per_batch: tokens in one forward pass; a longer chain has one to itself.
+        max_length, on_invalid, report: as in `read_proteins`.
+        failures: gets number, identifier and reason of each protein that could not be read and is left out; without it the first
+            raises.
+
+    Raises:
+        UnsupportedError: the model's states cannot be summed into one of fixed size.
+        InputError: there are no proteins; FastaError: one is not valid.
+        RunError: a protein failed and nobody takes the failures, or all of them failed.
+    """
+    _check_fixed_size(model)
+    identity = model_hash(model)  # of files, so once
+    total: ContextState | None = None
+    waiting: list[tuple[int, str, str]] = []  # number, identifier, chain
+    tokens = read = 0
+
+    def flush() -> None:
+        nonlocal total, tokens
+        for found in _states_of(model, identity, waiting, failures):
+            total = found if total is None else total + found
+        waiting.clear()
+        tokens = 0
+
+    for protein in read_proteins(proteins, max_length=max_length, on_invalid=on_invalid, report=report):
+        read += 1
+        for chain in protein.chains:
+            if waiting and (len(waiting) == PROTEINS_AT_ONCE or tokens + len(chain) + 2 > toks_per_batch):
+                flush()
+            waiting.append((protein.number, protein.id, chain))
+            tokens += len(chain) + 2
+    flush()
+    if not read:
+        raise InputError("There are no proteins to read; expected at least one.")
+    if total is None:
+        raise RunError("None of the proteins could be read.")
+    return total
+
+
+def _states_of(
+    model: LanguageModel,
+    identity: str,
+    chains: Sequence[tuple[int, str, str]],
+    failures: list[tuple[int, str, str]] | None,
+) -> list[ContextState]:
+    """The summed states of some chains; where they fail together, those of each that can be read alone."""
+    from performers.tools.language_model import Unread
+
+    if not chains:
+        return []
+    texts = [chain for _, _, chain in chains]
+    found = model.left_behind([model.row([text]) for text in texts])
+    if not isinstance(found, Unread):
+        lengths = [len(text) for text in texts]
+        context = found.to(torch.device("cpu"))
+        return [ContextState(context, identity, model.name, len(texts), sum(lengths), max(lengths))]
+    if len(chains) > 1:
+        return [state for chain in chains for state in _states_of(model, identity, [chain], failures)]
+    number, identifier, _ = chains[0]
+    if failures is None:
+        raise RunError(f"Number {number:,} ({identifier}): {found.reason}.")
+    failures.append((number, identifier, found.reason))
+    return []
+
+
+def _check_fixed_size(model: LanguageModel) -> None:
+    if not model.is_performer:
+        raise UnsupportedError(f"{model.folder}: only a Performer leaves states behind that others can read.")
+    kinds = model.shareable_states()
+    if not kinds or any(kind is not FavorState for kind in kinds):
+        raise UnsupportedError(
+            f"{model.folder}: a state of fixed size needs favor attention in some layer, and none that keeps every key, such "
+            "as exact."
+        )
+
+
+def _named(state: Any, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a layer's state, by name."""
+    if state is None:
+        return {}
+    if isinstance(state, SplitState):
+        return {**_named(state.first, f"{prefix}.first"), **_named(state.second, f"{prefix}.second")}
+    return {f"{prefix}.{part}": getattr(state, part).float().contiguous() for part in _FAVOR}
+
+
+def _state(tensors: dict[str, Tensor], prefix: str) -> Any:
+    """The inverse of `_named`."""
+    if f"{prefix}.{_FAVOR[0]}" in tensors:
+        return FavorState(*(tensors[f"{prefix}.{part}"] for part in _FAVOR))
+    halves = [_state(tensors, f"{prefix}.{part}") if _has(tensors, f"{prefix}.{part}") else None for part in _PARTS]
+    return None if halves == [None, None] else SplitState(*halves)
+
+
+def _has(tensors: dict[str, Tensor], prefix: str) -> bool:
+    return any(name.startswith(f"{prefix}.") for name in tensors)
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}\n".encode())
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()

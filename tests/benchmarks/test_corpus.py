@@ -1,0 +1,55 @@
+"""The benchmark of corpora, and the arithmetic of training on a large one, as they are run by users."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from performers.benchmarks.corpus import CorpusSettings, measure_corpus, tables
+from performers.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_quick_benchmark_measures_every_cell_and_leaves_no_proteins(tmp_path: Path) -> None:
+    settings = CorpusSettings.of_size(True, residues=(20_000, 40_000), files=2, contexts=20, records=(5,))
+    report = measure_corpus(settings, tmp_path / "out", quick=True)
+    assert [cell["what"] for cell in report["cells"]] == ["build"] * 3 + ["read"] * 4 + ["embed"]
+    assert {cell["status"] for cell in report["cells"]} == {"done"}
+    assert all(cell["peak_bytes"] > 10_000_000 for cell in report["cells"])
+    building, reading, embedding = tables(report)
+    assert [row[0] for row in building[2]] == ["20,000", "40,000", "40,000"]
+    assert (len(reading[2]), len(embedding[2])) == (4, 1)
+    assert not (tmp_path / "out" / "proteins").exists()
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    with pytest.raises(InputError, match="--residues"):
+        CorpusSettings.of_size(True, residues=(10,))
+    with pytest.raises(InputError, match="--workers"):
+        CorpusSettings.of_size(True, workers=(0,))
+
+
+def test_the_plan_follows_its_assumptions() -> None:
+    def plan(*options: str) -> dict[str, list[str]]:
+        command = [
+            sys.executable,
+            str(ROOT / "scripts" / "plan_training.py"),
+            "--preset",
+            "tiny",
+            "--gpus",
+            "8",
+            *options,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+        return {row[0]: row for row in rows if len(row) in (4, 8)}
+
+    once, twice = plan(), plan("--residues", "2e11")
+    assert once["corpus: residues, a byte each"][1] == "100.0"
+    assert twice["corpus: residues, a byte each"][1] == "200.0"
+    hours, more_hours = (float(rows["8"][6].replace(",", "")) for rows in (once, twice))
+    assert more_hours == pytest.approx(2 * hours, rel=0.2, abs=0.11)
