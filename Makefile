@@ -1,6 +1,6 @@
 # Every target makes what it needs in .venv; nothing is written outside this folder.
 #
-#   make demo       set up, train a small Performer on real proteins, evaluate it, show the result
+#   make demo       set up, ask the bundled model about real proteins, then train small ones and evaluate them
 #   make test       set up, run the tests (a pairwise cover of the big grids)
 #   make test-all   every cell of every grid, and the slow tests
 #   make check      lint, formatting, types, direction of imports
