@@ -16,9 +16,8 @@ PAGES_WITH_BLOCKS = [page for page in PAGES if any(block.reason is None for bloc
 
 
 @pytest.mark.parametrize("page", PAGES_WITH_BLOCKS, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
-    programs = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+def test_the_blocks_of_a_page_run(page: Path, programs: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "PATH": programs}
     command = [sys.executable, str(Path(__file__).with_name("blocks.py")), str(page)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"

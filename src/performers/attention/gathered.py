@@ -42,7 +42,7 @@ class Blocks:
 class Positions:
     """Where the tokens of a sequence are: positions count real keys from 0, and earlier queries downwards from -1."""
 
-    key_at: Tensor  # (P,) the key at each position from 0
+    key_at: Tensor  # (P,) the key at each position from 0, -1 where there is none
     query_at: Tensor  # (P - first,) the query at each position from `first`, -1 where there is none
     first: int
 
@@ -92,13 +92,17 @@ class Plan(NamedTuple):
 
 # By name, as operators take no functions: (query (Z, Lq, D), key (Z, Lk, D), positions, is_causal, numbers, seed) -> plan.
 PLANS: dict[str, Callable[[Tensor, Tensor, Positions, bool, list[int], Tensor | None], Plan]] = {}
+# Of the plans that have a bound, from the numbers: the distance at which no query sees a key any more. Packed sequences that far
+# apart do not see each other, so these plans take all of them at once.
+REACHES: dict[str, Callable[[list[int]], int]] = {}
 
 
 @dataclass(frozen=True)
 class _Tile:
-    queries: Tensor  # (Z, n * bq), an index of the spare row in place of -1
-    keys: Tensor  # (Z, n * bk)
-    shape: tuple[int, int, int]  # n, bq, bk
+    queries: (
+        Tensor  # (Z, n, bq) rows of all heads' queries, one head after the other; the head's spare row in place of -1
+    )
+    keys: Tensor  # (Z, n, bk) likewise
     visible: Tensor  # (Z, n, bq, bk)
     same: Tensor | None  # (Z, n, bq, bk)  the pair of a token with itself
 
@@ -115,22 +119,27 @@ def _tiles(parts: Iterable[Blocks], num: int, num_queries: int, num_keys: int, o
             same = None
             if own is not None:
                 same = (own[queries.clamp(min=0)].unsqueeze(-1) == keys.unsqueeze(-2)) & real
+            head = torch.arange(num, device=queries.device)[:, None, None]
             yield _Tile(
-                queries.where(queries >= 0, num_queries).flatten(1).expand(num, -1),
-                keys.where(keys >= 0, num_keys).flatten(1).expand(num, -1),
-                (blocks.stop - blocks.start, bq, bk),
+                queries.where(queries >= 0, num_queries) + head * (num_queries + 1),
+                keys.where(keys >= 0, num_keys) + head * (num_keys + 1),
                 visible,
                 same,
             )
 
 
-def _take(x: Tensor, index: Tensor, blocks: int) -> Tensor:
-    """Rows of x (Z, L + 1, D) as (Z, n, b, D)."""
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1])).unflatten(1, (blocks, -1))
+# Whole rows are copied and added: several times as fast as elements by `gather` and `scatter_add`.
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """The rows (Z, n, b) of x (Z, L + 1, D), as (Z, n, b, D)."""
+    return x.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
+def _put(x: Tensor, index: Tensor, rows: Tensor) -> None:
+    x.view(-1, x.shape[-1]).index_copy_(0, index.flatten(), rows.flatten(0, 2))
 
 
 def _add(x: Tensor, index: Tensor, rows: Tensor) -> None:
-    x.scatter_add_(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]), rows.flatten(1, 2))
+    x.view(-1, x.shape[-1]).index_add_(0, index.flatten(), rows.flatten(0, 2))
 
 
 def _with_spare(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -172,22 +181,20 @@ def _sequence_forward(
     out = q.new_zeros(num, num_queries + 1, v.shape[-1])
     log_sum = q.new_full((num, num_queries + 1, 1), -torch.inf)
     for tile in _tiles(parts, num, num_queries, num_keys, own):
-        n = tile.shape[0]
-        logits = _logits(_take(q, tile.queries, n), _take(k, tile.keys, n), tile, scale)
+        logits = _logits(_take(q, tile.queries), _take(k, tile.keys), tile, scale)
         peak = logits.amax(-1, keepdim=True)
         peak = torch.where(peak == -torch.inf, 0.0, peak)
         weights = logits.sub_(peak).exp_()
         total = weights.sum(-1, keepdim=True)
         found = peak + total.log()
-        before = _take(log_sum, tile.queries, n)
+        before = _take(log_sum, tile.queries)
         both = torch.logaddexp(before, found)
         safe = torch.where(both == -torch.inf, 0.0, both)
-        merged = _take(out, tile.queries, n) * torch.exp(before - safe)
+        merged = _take(out, tile.queries) * torch.exp(before - safe)
         share = torch.where(total > 0, torch.exp(peak - safe), 0.0)
-        merged += weights @ _take(v, tile.keys, n) * share
-        index = tile.queries.unsqueeze(-1)
-        out.scatter_(1, index.expand(-1, -1, out.shape[-1]), merged.flatten(1, 2))
-        log_sum.scatter_(1, index, both.flatten(1, 2))
+        merged += weights @ _take(v, tile.keys) * share
+        _put(out, tile.queries, merged)
+        _put(log_sum, tile.queries, both)
         # The spare row has been written to by every block that lacks a query.
         out[:, -1], log_sum[:, -1] = 0.0, -torch.inf
     return out[:, :-1], log_sum[:, :-1, 0]
@@ -212,11 +219,10 @@ def _sequence_backward(
     log_sum = torch.cat([log_sum, log_sum.new_full((num, 1, 1), torch.inf)], 1)
     d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for tile in _tiles(parts, num, num_queries, num_keys, own):
-        n = tile.shape[0]
-        tile_q, tile_k, tile_d_o = _take(q, tile.queries, n), _take(k, tile.keys, n), _take(d_o, tile.queries, n)
-        weights = _logits(tile_q, tile_k, tile, scale).sub_(_take(log_sum, tile.queries, n)).exp_()
+        tile_q, tile_k, tile_d_o = _take(q, tile.queries), _take(k, tile.keys), _take(d_o, tile.queries)
+        weights = _logits(tile_q, tile_k, tile, scale).sub_(_take(log_sum, tile.queries)).exp_()
         _add(d_v, tile.keys, weights.mT @ tile_d_o)
-        slopes = (tile_d_o @ _take(v, tile.keys, n).mT).sub_(_take(delta, tile.queries, n)).mul_(weights).mul_(scale)
+        slopes = (tile_d_o @ _take(v, tile.keys).mT).sub_(_take(delta, tile.queries)).mul_(weights).mul_(scale)
         if tile.same is not None:
             slopes.masked_fill_(tile.same, 0.0)
         _add(d_q, tile.queries, slopes @ tile_k)
@@ -225,17 +231,23 @@ def _sequence_backward(
 
 
 class _Sequence(NamedTuple):
-    """The heads of one sequence, or of sequences of the same length and no padding."""
+    """The heads of one sequence, of sequences of the same length and no padding, or of packed ones that are apart."""
 
     heads: slice  # of batch and heads, joined
     rows: slice  # of the length
-    real: Tensor | None  # (P,) the keys that are not padding, where some are
+    real: Tensor | None  # (P,) the key at each position, -1 where there is none; None for every key in order
 
 
-def _sequences(query: Tensor, key: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Iterator[_Sequence]:
+def _sequences(
+    query: Tensor, key: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, reach: int | None
+) -> Iterator[_Sequence]:
     batch, heads = query.shape[:2]
     if cu_seqlens is not None:
-        for rows in segments(cu_seqlens, query.shape[2]):
+        packed = segments(cu_seqlens, query.shape[2])
+        if reach is not None:
+            yield from _in_groups(0, heads, slice(None), key.shape[2], _apart(packed, reach, key.device))
+            return
+        for rows in packed:
             yield from _in_groups(0, heads, rows, rows.stop - rows.start, None)
     elif mask is None:
         yield from _in_groups(0, batch * heads, slice(None), key.shape[2], None)
@@ -243,6 +255,16 @@ def _sequences(query: Tensor, key: Tensor, mask: Tensor | None, cu_seqlens: Tens
         for row in range(batch):
             real = mask[row].nonzero()[:, 0]
             yield from _in_groups(row * heads, (row + 1) * heads, slice(None), key.shape[2], real)
+
+
+def _apart(packed: list[slice], reach: int, device: torch.device) -> Tensor:
+    """The key at each position (-1 for none) if the first of a sequence is `reach` after the last of the one before."""
+    lengths = torch.tensor([rows.stop - rows.start for rows in packed], dtype=torch.int64)
+    gaps = torch.arange(len(packed)).repeat_interleave(lengths) * (reach - 1)
+    keys = torch.arange(len(gaps))
+    key_at = torch.full((len(gaps) + max(0, len(packed) - 1) * (reach - 1),), -1)
+    key_at[keys + gaps] = keys
+    return key_at.to(device)
 
 
 def _in_groups(first: int, last: int, rows: slice, length: int, real: Tensor | None) -> Iterator[_Sequence]:
@@ -261,7 +283,8 @@ def _plans(
     numbers: list[int],
     is_causal: bool,
 ) -> Iterator[tuple[slice, slice, Plan]]:
-    for heads, rows, real in _sequences(query, key, mask, cu_seqlens):
+    reach = REACHES[plan](numbers) if plan in REACHES else None
+    for heads, rows, real in _sequences(query, key, mask, cu_seqlens, reach):
         q, k = query.flatten(0, 1)[heads, rows], key.flatten(0, 1)[heads, rows]
         at = Positions.of(q.shape[1], k.shape[1], real, q.device)
         if q.shape[0] and q.shape[1] and len(at.key_at):

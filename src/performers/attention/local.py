@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from performers.attention.exact import ExactState
-from performers.attention.gathered import PLANS, Plan, Positions, gathered_attention
+from performers.attention.gathered import PLANS, REACHES, Plan, Positions, gathered_attention
 from performers.attention.mechanism import Mechanism
 from performers.errors import InputError
 
@@ -98,6 +98,7 @@ def _plan(query: Tensor, key: Tensor, at: Positions, is_causal: bool, numbers: l
 
 
 PLANS["local"] = _plan
+REACHES["local"] = lambda numbers: numbers[0]
 
 
 class LocalAttention(Mechanism):
