@@ -28,7 +28,13 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
 
 
-CHECKS = ["values", "extreme or again or waves", "bit or state", "rows_of or fast or supported or nothing"]
+# The interpreter takes a minute of a core for each of the slow ones.
+CHECKS = [
+    "values",
+    "rows_of or fast or supported or nothing",
+    pytest.param("extreme or again or waves", marks=pytest.mark.slow),
+    pytest.param("bit or state", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install triton")

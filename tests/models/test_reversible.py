@@ -252,7 +252,7 @@ print(peak_memory() - before)
 """
 
 
-@pytest.mark.parametrize("attention", ["favor", "reformer"])
+@pytest.mark.parametrize("attention", ["favor", pytest.param("reformer", marks=pytest.mark.slow)])
 def test_twice_the_layers_do_not_take_twice_the_memory(attention: str) -> None:
     def peak(layers: int, reversible: bool) -> int:
         command = [sys.executable, "-c", MEMORY, str(layers), str(reversible), attention]

@@ -19,7 +19,7 @@ from performers import PerformerForMaskedLM, PerformerTokenizer
 from performers.data import RESIDUES, STANDARD_RESIDUES, read_fasta
 from performers.errors import InputError, UnsupportedError
 from performers.tools import LanguageModel, Score, readings, score, score_to, scorer
-from performers.tools.agreement import agreement, auc, ndcg, spearman
+from performers.tools.agreement import agreement, auc, ndcg, spearman, spearman_interval
 from performers.tools.language_model import Reading
 from performers.tools.tool import Tool
 from performers.tools.variants import parse_variant
@@ -314,6 +314,30 @@ def test_figures_are_those_of_scipy_and_scikit_learn() -> None:
     assert [group["mutations"] for group in groups] == ["all", "1", "2", "3", "4", "5+"]
     assert sum(group["variants"] for group in groups[1:]) == groups[0]["variants"] == 200
     assert spearman(np.ones(5), np.arange(5.0)) is None
+
+
+def test_the_interval_of_a_rank_correlation_holds_what_resampling_finds() -> None:
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=300)
+    y = x + generator.normal(size=300)
+    found = [spearman(x[rows], y[rows]) or 0.0 for rows in generator.integers(300, size=(1000, 300))]
+    assert spearman_interval(spearman(x, y), 300) == pytest.approx(np.quantile(found, [0.025, 0.975]), abs=0.02)
+    assert spearman_interval(1.0, 300) is None
+    assert spearman_interval(0.5, 9) is None
+
+
+def test_the_baseline_of_an_agreement_is_the_sum_of_blosum62_over_the_substitutions(
+    masked: Path, tmp_path: Path
+) -> None:
+    # W to F is 1, to A -3; K to R 2, to D -1; together K2R:W3F is 3.
+    (tmp_path / "v.csv").write_text("mutant,DMS_score\nW3F,5\nW3A,1\nK2R,4\nK2D,2\nK2R:W3F,3\n")
+    outcome = score_to(tmp_path / "s.csv", "MKWAY", masked, variants=str(tmp_path / "v.csv"), device="cpu")
+    rows = outcome.figures["agreement"]["s"]
+    assert [row["mutations"] for row in rows] == ["all", "1", "2"]
+    assert rows[0]["baseline"] == pytest.approx(spearmanr([1, -3, 2, -1, 3], [5, 1, 4, 2, 3])[0])
+    (tmp_path / "x.csv").write_text("mutant,DMS_score\nW3X,5\nW3A,1\nK2R,4\n")
+    outcome = score_to(tmp_path / "x-s.csv", "MKWAY", masked, variants=str(tmp_path / "x.csv"), device="cpu")
+    assert outcome.figures["agreement"]["x-s"][0]["baseline"] is None
 
 
 def test_measurements_that_are_not_numbers_are_refused_before_the_work(masked: Path, tmp_path: Path) -> None:

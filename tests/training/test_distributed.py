@@ -265,7 +265,7 @@ def test_a_worker_killed_under_torchrun_is_started_again_and_the_run_ends_as_if_
 ) -> None:
     if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
         pytest.skip("the workers of torchrun are found in /proc")
-    changes = {"steps": 300, "checkpoint_every": 5, "evaluate_every": 0}
+    changes = {"steps": 60, "checkpoint_every": 5, "evaluate_every": 0}
     whole = ranks.launch(context, ranks.train, 2, settings(tmp_path / "whole", **changes))
     run = tmp_path / "killed"
     options = [*COMMAND, *as_options(settings(run, **changes)), "--no-resume"]

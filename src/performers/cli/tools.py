@@ -233,13 +233,15 @@ def _print_scores(figures: dict[str, Any]) -> None:
     if "agreement" in figures:
         rows = [(name, row) for name, rows in figures["agreement"].items() for row in rows]
         table(
-            ["measurements", "mutations", "variants", "Spearman", "AUC", "NDCG@10%"],
+            ["measurements", "mutations", "variants", "Spearman", "95 %", "BLOSUM62", "AUC", "NDCG@10%"],
             [
                 [
                     name,
                     row["mutations"],
                     f"{row['variants']:,}",
-                    *(_figure(row[key]) for key in ("spearman", "auc", "ndcg")),
+                    _figure(row["spearman"]),
+                    "" if row["interval"] is None else " to ".join(map(_figure, row["interval"])),
+                    *(_figure(row[key]) for key in ("baseline", "auc", "ndcg")),
                 ]
                 for name, row in rows
             ],

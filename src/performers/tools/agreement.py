@@ -1,5 +1,7 @@
 """How well scores agree with measurements: rank correlation, area under the ROC curve and NDCG, by number of mutations.
 
+Beside the rank correlation stands its interval, and that of a baseline which has read nothing but a substitution matrix.
+
 Arrays in, figures out. Ties are given their mean rank, as everywhere in statistics.
 """
 
@@ -28,6 +30,15 @@ def spearman(x: _Floats, y: _Floats) -> float | None:
     return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
 
 
+def spearman_interval(correlation: float | None, number: int) -> tuple[float, float] | None:
+    """The 95 % interval of Spearman's correlation of `number` pairs (Bonett and Wright, 2000); None below ten pairs."""
+    if correlation is None or number < 10 or abs(correlation) == 1:
+        return None
+    half = 1.959964 * np.sqrt((1 + correlation**2 / 2) / (number - 3))
+    low, high = np.tanh(np.arctanh(correlation) + np.array([-half, half]))
+    return float(low), float(high)
+
+
 def auc(scores: _Floats, is_positive: npt.NDArray[np.bool_]) -> float | None:
     """The chance that a positive scores above a negative, ties counting half; None without either kind."""
     positives = int(is_positive.sum())
@@ -52,7 +63,11 @@ def ndcg(scores: _Floats, measured: _Floats, share: float = 0.1) -> float | None
 
 
 def agreement(
-    scores: _Floats, measured: _Floats, is_positive: npt.NDArray[np.bool_], mutations: npt.NDArray[np.int64]
+    scores: _Floats,
+    measured: _Floats,
+    is_positive: npt.NDArray[np.bool_],
+    mutations: npt.NDArray[np.int64],
+    baseline: _Floats | None = None,
 ) -> list[dict[str, Any]]:
     """The figures of all variants, and of those with one, two, ... mutations.
 
@@ -60,19 +75,31 @@ def agreement(
         scores, measured: (N,) numbers; more is better in both.
         is_positive: (N,) whether a measurement counts as good, for the area under the curve.
         mutations: (N,) how many residues differ.
+        baseline: (N,) other scores of the same variants, nan where there is none.
+
+    Returns:
+        For each number of mutations that occurs: "mutations", "variants", "spearman", its "interval", "baseline" (the correlation
+        of the other scores, None unless all variants of the row have one), "auc" and "ndcg".
     """
     groups: list[tuple[str, npt.NDArray[np.bool_]]] = [("all", np.ones(len(scores), dtype=np.bool_))]
     for count in range(1, MOST_MUTATIONS):
         groups.append((str(count), mutations == count))
     groups.append((f"{MOST_MUTATIONS}+", mutations >= MOST_MUTATIONS))
-    return [
-        {
-            "mutations": name,
-            "variants": int(chosen.sum()),
-            "spearman": spearman(scores[chosen], measured[chosen]),
-            "auc": auc(scores[chosen], is_positive[chosen]),
-            "ndcg": ndcg(scores[chosen], measured[chosen]),
-        }
-        for name, chosen in groups
-        if chosen.any()
-    ]
+    rows: list[dict[str, Any]] = []
+    for name, chosen in groups:
+        if not chosen.any():
+            continue
+        correlation = spearman(scores[chosen], measured[chosen])
+        others = None if baseline is None or np.isnan(baseline[chosen]).any() else baseline[chosen]
+        rows.append(
+            {
+                "mutations": name,
+                "variants": int(chosen.sum()),
+                "spearman": correlation,
+                "interval": spearman_interval(correlation, int(chosen.sum())),
+                "baseline": None if others is None else spearman(others, measured[chosen]),
+                "auc": auc(scores[chosen], is_positive[chosen]),
+                "ndcg": ndcg(scores[chosen], measured[chosen]),
+            }
+        )
+    return rows

@@ -32,47 +32,13 @@ from performers.data import STANDARD_RESIDUES
 from performers.randomness import derive_seed
 from performers.tools.agreement import spearman
 from performers.tools.attention_maps import AttentionMaps
+from performers.tools.blosum import blosum62
 
 NEAR, TILE, GRID = 3, 16, 96
 KINDS = {"diagonal": 0.5, "vertical": 0.5, "block": 0.25}
 REPLICATES = 1000
 
 _Floats = npt.NDArray[np.float64]
-
-# Henikoff and Henikoff (1992), in half bits, as NCBI distributes it; the lower triangle in the order of `_BLOSUM_ORDER`.
-_BLOSUM_ORDER = "ARNDCQEGHILKMFPSTWYV"
-_BLOSUM62 = """
-4
--1 5
--2 0 6
--2 -2 1 6
-0 -3 -3 -3 9
--1 1 0 0 -3 5
--1 0 0 2 -4 2 5
-0 -2 0 -1 -3 -2 -2 6
--2 0 1 -1 -3 0 0 -2 8
--1 -3 -3 -3 -1 -3 -3 -4 -3 4
--1 -2 -3 -4 -1 -2 -3 -4 -3 2 4
--1 2 0 -1 -3 1 1 -2 -1 -3 -2 5
--1 -1 -2 -3 -1 0 -2 -3 -2 1 2 -1 5
--2 -3 -3 -3 -2 -3 -3 -3 -1 0 0 -3 0 6
--1 -2 -2 -1 -3 -1 -1 -2 -2 -3 -3 -1 -2 -4 7
-1 -1 1 0 -1 0 0 0 -1 -2 -2 0 -1 -2 -1 4
-0 -1 0 -1 -1 -1 -1 -2 -2 -1 -1 -1 -1 -2 -1 1 5
--3 -3 -4 -4 -2 -2 -3 -2 -2 -3 -2 -3 -1 1 -4 -3 -2 11
--2 -2 -2 -3 -2 -1 -2 -3 2 -1 -1 -2 -1 3 -3 -2 -2 2 7
-0 -3 -3 -3 -1 -2 -2 -3 -3 3 1 -2 1 -1 -2 -2 0 -3 -1 4
-"""
-
-
-def blosum62() -> _Floats:
-    """(20, 20) in the order of `STANDARD_RESIDUES`."""
-    lower = np.zeros((20, 20))
-    for row, line in enumerate(_BLOSUM62.split("\n")[1:-1]):
-        lower[row, : row + 1] = [int(value) for value in line.split()]
-    whole = lower + np.tril(lower, -1).T
-    order = [_BLOSUM_ORDER.index(letter) for letter in STANDARD_RESIDUES]
-    return whole[np.ix_(order, order)]
 
 
 class PatternSums:

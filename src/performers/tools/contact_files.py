@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from performers.data import STANDARD_RESIDUES
-from performers.tools.attention_patterns import Patterns, Similarity, blosum62
+from performers.tools.attention_patterns import Patterns, Similarity
+from performers.tools.blosum import blosum62
 from performers.tools.pairs import Geometry, Pairs
 
 MEDIUM, LONG = 12, 24  # separations from which a contact is of medium and of long range

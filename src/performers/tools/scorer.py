@@ -33,6 +33,7 @@ from performers import __version__
 from performers.data import STANDARD_RESIDUES, FastaReport
 from performers.errors import InputError, UnsupportedError
 from performers.tools.agreement import agreement
+from performers.tools.blosum import blosum62
 from performers.tools.heat_map import ORDER, plot_saturation
 from performers.tools.language_model import LanguageModel, Row, Unread
 from performers.tools.readings import INDEX, Block, Readings
@@ -45,6 +46,7 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 _MARGINAL = ("masked-marginals", "wt-marginals")
 
 LONGEST_WITHOUT_STRIPES, STRIPES = 2000, 16
+_BLOSUM62 = blosum62()
 BLOCK_TOKENS = 16_384
 MOST_PICTURES = 20
 OUR_COLUMNS = ("status", "score", "percentile", "low_confidence", "reason")
@@ -65,6 +67,7 @@ class Score:
         reason: what is wrong, or "".
         values: the other columns of the table.
         mutations: how many residues differ; None where residues came or went.
+        blosum62: the sum of that matrix over the substitutions; None without a score, or for residues that it has not.
     """
 
     id: str
@@ -77,6 +80,7 @@ class Score:
     reason: str = ""
     values: dict[str, str] = field(default_factory=dict[str, str])
     mutations: int | None = None
+    blosum62: float | None = None
 
 
 # A table of variants, their names, or None for all single substitutions.
@@ -307,7 +311,8 @@ class Scorer(Tool[Block]):
         else:
             value, is_low = readings.by_sequence(place, score.row)
         mutations = len(variant.substitutions) if variant.sequence is None else None
-        return Score(*about, "ok", value, readings.percentile(place, value), is_low, "", score.values, mutations)
+        percentile = readings.percentile(place, value)
+        return Score(*about, "ok", value, percentile, is_low, "", score.values, mutations, _in_blosum62(variant))
 
     def _source(self, number: int) -> VariantSource:
         return self.sources[min(number, len(self.sources) - 1)]
@@ -445,6 +450,7 @@ class _Measurements:
 
     def __init__(self) -> None:
         self.scores, self._measured, self._bins, self._mutations = array("d"), array("d"), array("d"), array("q")
+        self._baseline = array("d")
 
     def add(self, score: Score, column: str | None) -> None:
         """Note a variant.
@@ -457,6 +463,7 @@ class _Measurements:
             return
         self.scores.append(score.score)
         self._measured.append(measured)
+        self._baseline.append(np.nan if score.blosum62 is None else score.blosum62)
         binned = score.values.get("DMS_score_bin", "")
         self._bins.append(float(binned) if binned in ("0", "1", "0.0", "1.0") else np.nan)
         # Insertions and deletions have no number of mutations: they count among the many.
@@ -466,7 +473,15 @@ class _Measurements:
         """The figures; measurements above the median are positive where the table does not say which are."""
         measured, bins = np.array(self._measured), np.array(self._bins)
         is_positive = bins == 1 if np.isfinite(bins).all() else measured > np.median(measured)
-        return agreement(np.array(self.scores), measured, is_positive, np.array(self._mutations))
+        others = np.array(self._baseline)
+        return agreement(np.array(self.scores), measured, is_positive, np.array(self._mutations), others)
+
+
+def _in_blosum62(variant: Variant) -> float | None:
+    if variant.sequence is not None:
+        return None
+    pairs = [STANDARD_RESIDUES.find(letter) for _, *letters in variant.substitutions for letter in letters]
+    return None if min(pairs) < 0 else float(_BLOSUM62[pairs[::2], pairs[1::2]].sum())
 
 
 def measurement(values: dict[str, str], column: str, row: int) -> float | None:
@@ -500,8 +515,10 @@ def _cells(score: Score) -> list[str]:
 def _write_summary(path: Path, agreements: dict[str, list[dict[str, Any]]]) -> None:
     with path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["assay", "mutations", "variants", "spearman", "auc", "ndcg"])
+        writer.writerow(["assay", "mutations", "variants", "spearman", "low", "high", "blosum62", "auc", "ndcg"])
         for name, rows in agreements.items():
             for row in rows:
-                figures = ["" if row[key] is None else f"{row[key]:.6f}" for key in ("spearman", "auc", "ndcg")]
+                low, high = row["interval"] or (None, None)
+                found = (row["spearman"], low, high, row["baseline"], row["auc"], row["ndcg"])
+                figures = ["" if value is None else f"{value:.6f}" for value in found]
                 writer.writerow([name, row["mutations"], row["variants"], *figures])
