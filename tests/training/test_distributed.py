@@ -269,8 +269,7 @@ def test_a_worker_killed_under_torchrun_is_started_again_and_the_run_ends_as_if_
     whole = ranks.launch(context, ranks.train, 2, settings(tmp_path / "whole", **changes))
     run = tmp_path / "killed"
     options = [*COMMAND, *as_options(settings(run, **changes)), "--no-resume"]
-    # One restart for the kill; gloo's processes now and then miss each other when they meet again, and are started once more.
-    launcher = [*LAUNCHER, "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
+    launcher = [*LAUNCHER, "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     torchrun = subprocess.Popen([*launcher, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
     while not list_checkpoints(run):
@@ -285,7 +284,7 @@ def test_a_worker_killed_under_torchrun_is_started_again_and_the_run_ends_as_if_
     assert outcome(run) == outcome(tmp_path / "whole")
     sessions = json.loads((run / "run.json").read_text())["sessions"]
     assert [session["status"] for session in sessions][-1] == "finished"
-    assert 2 <= len(sessions) <= 4
+    assert len(sessions) == 2
 
 
 @contextlib.contextmanager

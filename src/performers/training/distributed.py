@@ -27,10 +27,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from performers.attention import SequenceGroup, SequenceShard
 from performers.errors import ConfigError, RunError
+from performers.training.meeting import meet
 
 # The others wait here while the first process builds the corpus: about an hour for 10^11 residues.
 _PATIENCE = timedelta(hours=6)
-# Processes that torchrun has just started meet at once or, after a lost connection, never: better to be started again.
+# Processes that torchrun has just started wait so long for each other; it starts them again where one does not come.
 _MEETING = timedelta(minutes=2)
 _BUCKET_ELEMENTS = 16 * 1024 * 1024
 
@@ -212,7 +213,11 @@ def join_world(device: str, sharding: str = "none", sequence_parallel: int = 1) 
     if chosen.type == "cuda":
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_MEETING)
+    store, rank, _ = next(dist.rendezvous("env://", timeout=_MEETING))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        store = meet(store, rank, size, _MEETING)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_MEETING)
     try:
         _set_pg_timeout(_PATIENCE)
         sequence = None
