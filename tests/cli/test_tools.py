@@ -156,3 +156,24 @@ def test_help_of_tools_loads_neither_torch_nor_transformers(command: str) -> Non
     )
     done = subprocess.run([sys.executable, "-c", code, command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_read_leaves_a_record_and_has_nothing_to_do_a_second_time(
+    run: Run, model: Path, fasta: Path, tmp_path: Path
+) -> None:
+    command = ["read", fasta, "-o", tmp_path / "family.state", "--model", model, "--toks-per-batch", "500"]
+    status, out, err = run(*command)
+    assert (status, err) == (0, "")
+    assert "30 proteins" in out
+    assert json.loads((tmp_path / "run.json").read_text())["command"] == "read"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "cite.bibtex",
+        "family.state",
+        "methods.txt",
+        "run.json",
+    ]
+    status, out, err = run(*command, "--json")
+    assert status == 0
+    assert "is complete" in err
+    assert json.loads(out)["proteins"] == 30
+    refused(run(*command, "--dtype", "bfloat16"), "already there, of other settings", "--restart")

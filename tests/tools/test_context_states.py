@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import random
+import signal
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,14 @@ from performers import PerformerConfig, PerformerForMaskedLM, PerformerTokenizer
 from performers.cli import app
 from performers.data import STANDARD_RESIDUES, Record
 from performers.errors import InputError, OutputError, RunError, UnsupportedError
-from performers.tools import embed, score
+from performers.folders import sha256_of
+from performers.tools import embed, reading, score
 from performers.tools.context_states import ContextState, model_hash, read_context
 from performers.tools.language_model import LanguageModel, Unread
+from performers.tools.reading import read_to
 
 Folders = Callable[[str], Path]
+Start = Callable[..., BaseProcess]
 TIGHT = {"rtol": 1e-4, "atol": 1e-5}
 
 
@@ -119,7 +125,7 @@ def test_scores_change_with_a_context_and_say_so(folders: Folders, tmp_path: Pat
     run(app, [*command, str(out), "--context", str(state)], catch_exceptions=False)
     run(app, [*command, str(tmp_path / "alone.csv")], catch_exceptions=False)
     assert out.read_text() != (tmp_path / "alone.csv").read_text()
-    assert "summed states of 8 other proteins" in (tmp_path / "methods.txt").read_text()
+    assert "summed states of 8 other proteins" in (tmp_path / "scores.csv.record" / "methods.txt").read_text()
     direct = [found.score for found in score(wild_type, None, folders("masked"), context=state)]
     with out.open() as lines:
         written = [float(row["score"]) for row in csv.DictReader(lines)]
@@ -194,6 +200,175 @@ def test_an_interruption_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_equal_states_are_equal_files(model: LanguageModel, tmp_path: Path) -> None:
+    state = read_context(model, random_records(3))
+    for number in range(5):
+        state.write(tmp_path / f"{number}.state")
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
+def test_a_reading_killed_at_every_moment_ends_with_the_bytes_of_a_whole_one(
+    folders: Folders, tmp_path: Path, start: Start
+) -> None:
+    records = random_records(12)
+    records.append(Record("two", "", ":".join(record.sequence for record in records[:2]), 13))
+    arguments = {"sources": [str(fasta(tmp_path / "x.fasta", records))], "model": str(folders("masked"))}
+    arguments |= {"device": "cpu", "dtype": "float32", "toks_per_batch": 90}
+    whole = read_to(tmp_path / "x.state", **arguments)
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    killed = 0
+    # Every run gets a little further than the one before: it dies where a sum, the output or its record is written.
+    for event in range(0, 100, 2):
+        process = start("run_and_die", "read", {"output": str(folder / "x.state"), **arguments}, event, 100)
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        killed += 1
+    assert killed >= 4
+    assert (folder / "x.state").read_bytes() == whole.output.read_bytes()
+    assert (folder / "methods.txt").read_text() == (tmp_path / "methods.txt").read_text()
+    names = ["cite.bibtex", "methods.txt", "run.json", "x.state"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+
+
+def interrupted_reading(monkeypatch: pytest.MonkeyPatch, after: int, output: Path, **arguments: Any) -> None:
+    """Reads until a SIGTERM comes in a forward pass, as the command line hears it."""
+    left_behind, passes = LanguageModel.left_behind, 0
+
+    def left(self: LanguageModel, rows: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        if passes > after:
+            raise SystemExit(143)
+        return left_behind(self, rows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LanguageModel, "left_behind", left)
+        with pytest.raises(SystemExit):
+            read_to(output, **arguments)
+
+
+def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of each forward pass from now on, how many chains it reads."""
+    left_behind, passes = LanguageModel.left_behind, list[int]()
+
+    def left(self: LanguageModel, rows: Any) -> Any:
+        passes.append(len(rows))
+        return left_behind(self, rows)
+
+    monkeypatch.setattr(LanguageModel, "left_behind", left)
+    return passes
+
+
+def test_what_was_read_is_not_read_again_unless_something_is_different(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proteins = fasta(tmp_path / "x.fasta", random_records(70))
+    arguments: dict[str, Any] = {"sources": [str(proteins)], "model": str(folders("masked")), "device": "cpu"}
+    output, other = tmp_path / "x.state", tmp_path / "y.state"
+    for path in (output, other):
+        interrupted_reading(monkeypatch, 2, path, **arguments)
+        assert f"is kept in {tmp_path / f'.{path.name}.building'}; the same command goes on" in capsys.readouterr().err
+    passes = count_passes(monkeypatch)
+    outcome = read_to(output, **arguments)
+    assert passes == [6]
+    assert "64 proteins" in capsys.readouterr().err
+    assert (outcome.state.proteins, outcome.inputs[0]["name"]) == (70, str(proteins))
+    assert not (tmp_path / ".x.state.building").exists()
+
+    read_to(other, **arguments, max_length=500)
+    assert passes == [6, 32, 32, 6]
+    assert "is not used: it was read with another max_length" in capsys.readouterr().err
+    again = read_to(output, **arguments)
+    assert len(passes) == 4
+    assert again.state.to_dict() == outcome.state.to_dict()
+    assert f"{output} is complete" in capsys.readouterr().err
+    with pytest.raises(OutputError, match="already there, of other settings"):
+        read_to(output, **arguments, toks_per_batch=500)
+    read_to(output, **arguments, restart=True)
+    assert len(passes) == 7
+    assert output.read_bytes() == other.read_bytes()
+
+
+def test_other_input_is_read_from_its_start(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proteins = fasta(tmp_path / "x.fasta", random_records(40))
+    arguments: dict[str, Any] = {"sources": [str(proteins)], "model": str(folders("masked")), "device": "cpu"}
+    interrupted_reading(monkeypatch, 1, tmp_path / "x.state", **arguments)
+    fasta(proteins, random_records(40, seed=1))
+    found = read_to(tmp_path / "x.state", **arguments)
+    assert "another input" in capsys.readouterr().err
+    assert found.output.read_bytes() == read_to(tmp_path / "y.state", **arguments).output.read_bytes()
+    kept = tmp_path / ".z.state.building" / "sum.safetensors"
+    interrupted_reading(monkeypatch, 1, tmp_path / "z.state", **arguments)
+    kept.write_bytes(kept.read_bytes()[:-50])
+    assert read_to(tmp_path / "z.state", **arguments).output.read_bytes() == found.output.read_bytes()
+    assert "is not used" in capsys.readouterr().err
+
+
+def test_proteins_that_failed_before_a_kill_are_listed_once(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_behind = LanguageModel.left_behind
+
+    def left_unless_long(self: LanguageModel, rows: Any) -> Any:
+        return Unread("it is too long") if max(map(len, rows)) > 200 else left_behind(self, rows)
+
+    monkeypatch.setattr(LanguageModel, "left_behind", left_unless_long)
+    records = random_records(70)
+    records[39] = Record("long", "", "MK" * 150, 40)
+    arguments: dict[str, Any] = {"sources": [str(fasta(tmp_path / "x.fasta", records))], "model": folders("masked")}
+    interrupted_reading(monkeypatch, 15, tmp_path / "x.state", **arguments)
+    outcome = read_to(tmp_path / "x.state", **arguments)
+    assert outcome.failed == [(40, "long", "it is too long")]
+    assert outcome.state.proteins == 69
+
+
+def test_an_interrupted_pipe_leaves_nothing_and_says_so(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = fasta(tmp_path / "x.fasta", random_records(40)).read_bytes()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
+    arguments: dict[str, Any] = {"sources": ["-"], "model": str(folders("masked"))}
+    interrupted_reading(monkeypatch, 1, tmp_path / "x.state", **arguments)
+    assert "cannot be read again" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["x.fasta"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
+    assert read_to(tmp_path / "x.state", **arguments).state.proteins == 40
+
+
+def test_a_long_reading_says_how_far_it_is(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reading, "TELL_EVERY", 0)
+    read_to(tmp_path / "x.state", [str(fasta(tmp_path / "x.fasta", random_records(40)))], folders("masked"))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[:2] for line in lines] == [["32", "proteins"], ["40", "proteins"]]
+    assert all(line.endswith(" residues/s") for line in lines)
+
+
+def test_a_state_says_how_it_was_made_and_never_loses_the_record_of_another(folders: Folders, tmp_path: Path) -> None:
+    proteins = fasta(tmp_path / "x.fasta", random_records(5))
+    first = read_to(tmp_path / "x.state", [str(proteins)], folders("masked"), device="cpu")
+    read_to(tmp_path / "sum.state", [], add=[first.output, first.output], subtract=[])
+    for name, folder, count in (("x.state", tmp_path, 5), ("sum.state", tmp_path / "sum.state.record", 10)):
+        record = json.loads((folder / "run.json").read_text())
+        assert record["command"] == "read"
+        assert record["results"]["output"] == str(tmp_path / name)
+        assert record["results"]["proteins"] == count
+        assert record["sessions"][-1]["status"] == "finished"
+        assert "@inproceedings" in (folder / "cite.bibtex").read_text()
+        assert f"a context of {count} proteins" in (folder / "methods.txt").read_text()
+    made = json.loads((tmp_path / "run.json").read_text())
+    assert made["inputs"][0]["name"] == str(proteins)
+    assert made["weights"][0]["sha256"]
+    added = json.loads((tmp_path / "sum.state.record" / "run.json").read_text())["arguments"]["add"]
+    assert [file["sha256"] for file in added] == [sha256_of(first.output)] * 2
+
+
 def test_a_protein_that_cannot_be_read_is_listed_and_the_others_are_summed(
     folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,7 +386,8 @@ def test_a_protein_that_cannot_be_read_is_listed_and_the_others_are_summed(
         app, ["read", str(path), "-o", str(tmp_path / "x.state"), "--model", str(folders("masked"))]
     )
     assert done.exit_code == 3
-    assert "Number 3 (long) was left out: it is too long." in done.stderr
+    assert "1 of 6 proteins failed" in done.stderr
+    assert (tmp_path / "failed.tsv").read_text().splitlines()[1:] == ["3\tlong\tit is too long"]
     assert_same(ContextState.read(tmp_path / "x.state"), read_context(model, records), rtol=1e-2, atol=1e-2)
     with pytest.raises(RunError, match="too long"):
         read_context(model, [long])

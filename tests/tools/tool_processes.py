@@ -9,20 +9,21 @@ from typing import Any
 
 import torch
 
-from performers.tools import contacts_to, embed_to, generate_to, jobs, score_to
+from performers.tools import contacts_to, embed_to, generate_to, jobs, reading, score_to
 from performers.tools.tool import Tool
 
 TOOLS: dict[str, Callable[..., Any]] = {
     "contacts": contacts_to,
     "embed": embed_to,
     "generate": generate_to,
+    "read": reading.read_to,
     "score": score_to,
 }
 
 
 def run_and_die(tool: str, arguments: dict[str, Any], event: int, shard_tokens: int) -> None:
     """Runs a tool and dies by SIGKILL at event number `event`: before a file is flushed, renamed or removed."""
-    Tool.shard_tokens = shard_tokens
+    Tool.shard_tokens = reading.KEEP_EVERY = shard_tokens
     remaining = event
 
     def mortal(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -32,7 +32,7 @@ def read(
     restart: Restart = False,
     as_json: Json = False,
 ) -> None:
-    """Read a family or partners once, for score, embed and generate --context; states add and subtract.
+    """Read a family or partners once, for score, embed and generate --context; killed, the same command goes on.
 
     Example: performers read homologs.fasta -o family.state
     """
@@ -59,8 +59,6 @@ def read(
         )
     for remark in result.remarks:
         print(remark, file=sys.stderr)
-    for number, identifier, reason in result.failed:
-        print(f"Number {number:,} ({identifier}) was left out: {reason}.", file=sys.stderr)
     if as_json:
         print(json.dumps(result.to_dict()))
     else:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,16 +29,19 @@ from performers.data.fasta import OnInvalid
 from performers.errors import InputError, OutputError, RunError, UnsupportedError
 from performers.folders import fsync, room_for, temporary_name
 from performers.models.context import PerformerContext
-from performers.tools.proteins import Proteins, read_proteins
+from performers.tools.proteins import Protein, Proteins, read_proteins
 
 if TYPE_CHECKING:
     from performers.tools.language_model import LanguageModel
 
 FORMAT = "performers-context"
 VERSION = "1"
+_ABOUT = "about"  # one entry, as safetensors writes several in any order, and equal states shall be equal files
 PROTEINS_AT_ONCE = 32  # each has a state of its own until they are summed
 _FAVOR = ("numerator", "denominator", "log_scale")
 _PARTS = ("first", "second")
+
+Chain: TypeAlias = tuple[int, str, str]
 
 
 @dataclass(frozen=True)
@@ -112,8 +116,13 @@ class ContextState:
             "at a time."
         ]
 
-    def write(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write a safetensors file, all of it or nothing.
+    def write(self, path: str | Path, *, overwrite: bool = False, notes: dict[str, Any] | None = None) -> None:
+        """Write a safetensors file, all of it or nothing; equal states make equal files.
+
+        Arguments:
+            path: where.
+            overwrite: replace a file that is there.
+            notes: what `read_with_notes` is to give back; anything JSON can hold.
 
         Raises:
             OutputError: there is a file already, or it cannot be written; DiskFullError: for want of room.
@@ -128,18 +137,20 @@ class ContextState:
             "performers": __version__,
             "model": self.model,
             "model_name": self.model_name,
-            "layers": str(len(self.context.states)),
-            "proteins": str(self.proteins),
-            "residues": str(self.residues),
-            "longest": str(self.longest),
+            "layers": len(self.context.states),
+            "proteins": self.proteins,
+            "residues": self.residues,
+            "longest": self.longest,
             "sha256": _digest(tensors),
+            "notes": notes or {},
         }
         temporary = temporary_name(path)
         try:
             with room_for(path, sum(tensor.nbytes for tensor in tensors.values())):
-                save_file(tensors, temporary, about)
+                save_file(tensors, temporary, {_ABOUT: json.dumps(about)})
                 fsync(temporary)
                 temporary.replace(path)
+                fsync(path.absolute().parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -150,12 +161,21 @@ class ContextState:
         Raises:
             InputError: it is not there, no such file, of another version, or damaged.
         """
+        return cls.read_with_notes(path)[0]
+
+    @classmethod
+    def read_with_notes(cls, path: str | Path) -> tuple[ContextState, dict[str, Any]]:
+        """Read a file that `write` made, and the notes that it was given.
+
+        Raises:
+            InputError: as in `read`.
+        """
         path = Path(path)
         if not path.is_file():
             raise InputError(f"{path} is not there; expected a state that `performers read` wrote.")
         try:
             with safe_open(path, "pt") as file:
-                about = file.metadata() or {}
+                about = _about(file.metadata())
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
         except SafetensorError as error:
             raise InputError(f"{path} is no state of `performers read`, or a damaged one ({error}).") from None
@@ -165,9 +185,9 @@ class ContextState:
             raise InputError(f"{path} is of version {about.get('version')}; this release reads version {VERSION}.")
         if about.get("sha256") != _digest(tensors):
             raise InputError(f"{path} is damaged: its numbers do not have the SHA-256 that it was written with.")
-        states = tuple(_state(tensors, f"layers.{number}") for number in range(int(about["layers"])))
-        counts = {key: int(about[key]) for key in ("proteins", "residues", "longest")}
-        return cls(PerformerContext(states, 1), about["model"], about["model_name"], **counts)
+        states = tuple(_state(tensors, f"layers.{number}") for number in range(about["layers"]))
+        counts = {key: about[key] for key in ("proteins", "residues", "longest")}
+        return cls(PerformerContext(states, 1), about["model"], about["model_name"], **counts), about["notes"]
 
     @property
     def digest(self) -> str:
@@ -224,45 +244,77 @@ def read_context(
         InputError: there are no proteins; FastaError: one is not valid.
         RunError: a protein failed and nobody takes the failures, or all of them failed.
     """
+    chains = chains_of(read_proteins(proteins, max_length=max_length, on_invalid=on_invalid, report=report))
+    [(_, total)] = deque(running_sums(model, chains, toks_per_batch=toks_per_batch, failures=failures), maxlen=1)
+    return total
+
+
+def chains_of(proteins: Iterable[Protein]) -> Iterator[Chain]:
+    """Each chain by itself: number and identifier of its protein, and its residues."""
+    return ((protein.number, protein.id, chain) for protein in proteins for chain in protein.chains)
+
+
+def running_sums(
+    model: LanguageModel,
+    chains: Iterable[Chain],
+    *,
+    toks_per_batch: int = 16_384,
+    failures: list[tuple[int, str, str]] | None = None,
+    before: ContextState | None = None,
+) -> Iterator[tuple[int, ContextState]]:
+    """Read chains, each alone, a batch at a time, and sum what they leave behind.
+
+    Whoever starts again after the chains of a sum, with that sum as `before`, comes by the same sums, to the bit.
+
+    Arguments:
+        model, toks_per_batch, failures: as in `read_context`.
+        chains: as `chains_of` gives them.
+        before: the sum to go on from.
+
+    Yields:
+        After each batch, how many of the chains have been read, and the sum; nothing while all of them have failed.
+
+    Raises:
+        As `read_context`, at the end where nothing could be summed.
+    """
     _check_fixed_size(model)
     identity = model_hash(model)  # of files, so once
-    total: ContextState | None = None
-    waiting: list[tuple[int, str, str]] = []  # number, identifier, chain
-    tokens = read = 0
-
-    def flush() -> None:
-        nonlocal total, tokens
-        for found in _states_of(model, identity, waiting, failures):
+    read, total = 0, before
+    for batch in _batches(chains, toks_per_batch):
+        for found in _states_of(model, identity, batch, failures):
             total = found if total is None else total + found
-        waiting.clear()
-        tokens = 0
-
-    for protein in read_proteins(proteins, max_length=max_length, on_invalid=on_invalid, report=report):
-        read += 1
-        for chain in protein.chains:
-            if waiting and (len(waiting) == PROTEINS_AT_ONCE or tokens + len(chain) + 2 > toks_per_batch):
-                flush()
-            waiting.append((protein.number, protein.id, chain))
-            tokens += len(chain) + 2
-    flush()
-    if not read:
-        raise InputError("There are no proteins to read; expected at least one.")
-    if total is None:
+        read += len(batch)
+        if total is not None:
+            yield read, total
+    if total is None and read:
         raise RunError("None of the proteins could be read.")
-    return total
+    if total is None:
+        raise InputError("There are no proteins to read; expected at least one.")
+
+
+def _batches(chains: Iterable[Chain], toks_per_batch: int) -> Iterator[list[Chain]]:
+    batch: list[Chain] = []
+    used = 0
+    for chain in chains:
+        tokens = len(chain[2]) + 2
+        if batch and (len(batch) == PROTEINS_AT_ONCE or used + tokens > toks_per_batch):
+            yield batch
+            batch, used = [], 0
+        batch.append(chain)
+        used += tokens
+    if batch:
+        yield batch
 
 
 def _states_of(
     model: LanguageModel,
     identity: str,
-    chains: Sequence[tuple[int, str, str]],
+    chains: Sequence[Chain],
     failures: list[tuple[int, str, str]] | None,
 ) -> list[ContextState]:
     """The summed states of some chains; where they fail together, those of each that can be read alone."""
     from performers.tools.language_model import Unread
 
-    if not chains:
-        return []
     texts = [chain for _, _, chain in chains]
     found = model.left_behind([model.row([text]) for text in texts])
     if not isinstance(found, Unread):
@@ -308,6 +360,14 @@ def _state(tensors: dict[str, Tensor], prefix: str) -> Any:
 
 def _has(tensors: dict[str, Tensor], prefix: str) -> bool:
     return any(name.startswith(f"{prefix}.") for name in tensors)
+
+
+def _about(metadata: dict[str, str] | None) -> dict[str, Any]:
+    """What a file says of itself; nothing, where it is no such file."""
+    try:
+        return dict(json.loads((metadata or {})[_ABOUT]))
+    except (KeyError, TypeError, ValueError):
+        return {}
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

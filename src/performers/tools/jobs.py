@@ -30,10 +30,11 @@ from typing import Any
 
 from performers import __version__
 from performers.errors import InputError, OutputError, RunError
-from performers.folders import fsync, room_for, write_file, writing
+from performers.folders import fsync, room_for
+from performers.tools.beside import read_failed, record_folder, results_before, say, write_beside
 from performers.tools.engine import LOCAL, Engine
 from performers.tools.tool import Item, Outcome, Result, Tool, Written
-from performers.tools.work import Plan, describe_sources
+from performers.tools.work import Plan
 from performers.tools.work import Work as _Work
 from performers.training.runs import RunRecord
 
@@ -84,7 +85,7 @@ def run_tool(
         if dry_run:
             return Outcome(output, plan.items, plan.tokens, estimate=estimate, done=False)
         record = RunRecord(
-            _record_folder(tool, output),
+            record_folder(output, makes_folder=tool.makes_folder),
             tool.command,
             arguments={**settings, "input": list(sources), "output": str(output)},
             seed=None,
@@ -111,7 +112,7 @@ def run_tool(
             return _finished_before(tool, output, settings, sources, work)
         left = sum(not work.is_done(index) for index in range(len(plan.shards)))
         if left:
-            _say(f"{left} of {len(plan.shards)} shards are left to the other processes; the last one writes {output}.")
+            say(f"{left} of {len(plan.shards)} shards are left to the other processes; the last one writes {output}.")
             return Outcome(output, plan.items, plan.tokens, estimate=estimate, done=False)
         with record, _kept(work.folder):
             outcome = _finish(tool, plan, work, estimate, record, settings)
@@ -152,7 +153,8 @@ def _finish(
     """Assemble the output, and write what goes beside it."""
     outcome = _assemble(tool, plan, work, estimate)
     record.results(fingerprint=settings, **outcome.to_dict())
-    _write_beside(tool, outcome)
+    folder = record_folder(outcome.output, makes_folder=tool.makes_folder)
+    write_beside(folder, tool.methods(outcome), outcome.failed, f"{outcome.items:,} {tool.noun}")
     return outcome
 
 
@@ -160,7 +162,7 @@ def _compute_shards(tool: Tool[Any], plan: Plan, work: _Work, engine: Engine) ->
     own = [index for index in range(len(plan.shards)) if engine.takes(index)]
     missing = [index for index in own if not work.is_done(index)]
     if len(missing) < len(own):
-        _say(f"{len(own) - len(missing)} of {len(own)} shards were done before.")
+        say(f"{len(own) - len(missing)} of {len(own)} shards were done before.")
     total = sum(plan.shards[index][2] for index in missing)
     with _progress(total) as advance:
         for index, results in engine.compute(tool, _Missing(plan, work, missing)):
@@ -246,49 +248,6 @@ def _hdf5_errors() -> Iterator[None]:
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
-def _record_folder(tool: Tool[Any], output: Path) -> Path:
-    """Where the record of an output goes: into it or beside it, but never over the record of something else."""
-    if tool.makes_folder:
-        return output
-    beside = output.absolute().parent
-    try:
-        content = json.loads((beside / "run.json").read_text(encoding="utf-8"))
-        mine = Path(content["results"]["output"]).name == output.name
-    except FileNotFoundError:
-        mine = True
-    except (OSError, ValueError, KeyError, TypeError):
-        mine = False
-    if not mine:
-        beside = beside / f"{output.name}.record"
-    with writing(beside):
-        beside.mkdir(parents=True, exist_ok=True)
-    return beside
-
-
-def _write_beside(tool: Tool[Any], outcome: Outcome) -> None:
-    folder = _record_folder(tool, outcome.output)
-    write_file(folder / "methods.txt", tool.methods(outcome) + "\n")
-    failed = folder / "failed.tsv"
-    if outcome.failed:
-        rows = [f"{number}\t{_in_a_cell(name)}\t{_in_a_cell(reason)}\n" for number, name, reason in outcome.failed]
-        write_file(failed, "number\tid\treason\n" + "".join(rows))
-        _say(f"{len(outcome.failed):,} of {outcome.items:,} {tool.noun} failed; {failed} says why.")
-    else:
-        failed.unlink(missing_ok=True)
-
-
-def _read_failed(folder: Path) -> list[tuple[int, str, str]]:
-    path = folder / "failed.tsv"
-    if not path.is_file():
-        return []
-    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:]]
-    return [(int(number), name, reason) for number, name, reason in rows]
-
-
-def _in_a_cell(text: str) -> str:
-    return " ".join(text.split())
-
-
 def _is_of(tool: Tool[Any], folder: Path) -> bool:
     """Whether a folder is an output of this tool, which may be replaced."""
     try:
@@ -306,19 +265,9 @@ def _finished_before(
         OutputError: the output was not made by it.
     """
     work.forget()
-    try:
-        content = json.loads((_record_folder(tool, output) / "run.json").read_text(encoding="utf-8"))
-        results = content["results"]
-        same = results["fingerprint"] == settings and content["inputs"] == describe_sources(sources)
-        outcome = Outcome(
-            output, results["items"], results["tokens"], _read_failed(_record_folder(tool, output)), results["figures"]
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        same, outcome = False, None
-    if not same or outcome is None:
-        raise OutputError(f"{output} is already there, of other settings or inputs; --restart replaces it.")
-    _say(f"{output} is complete; --restart makes it again.")
-    return outcome
+    folder = record_folder(output, makes_folder=tool.makes_folder)
+    results = results_before(output, folder, settings, sources)
+    return Outcome(output, results["items"], results["tokens"], read_failed(folder), results["figures"])
 
 
 def _estimate(tool: Tool[Any], plan: Plan, work: _Work) -> dict[str, Any]:
@@ -344,14 +293,14 @@ def _estimate(tool: Tool[Any], plan: Plan, work: _Work) -> dict[str, Any]:
 
 def _announce(tool: Tool[Any], plan: Plan, estimate: dict[str, Any], output: Path) -> None:
     for remark in (*plan.remarks, *([] if (said := tool.model.remark()) is None else [said])):
-        _say(remark)
+        say(remark)
     trained = tool.model.trained_length
     if trained is not None and plan.longest > trained:
-        _say(
+        say(
             f"Up to {plan.longest:,} tokens are read at a time, and the model was trained on {trained:,}: "
             "what it makes of longer ones is extrapolation."
         )
-    _say(
+    say(
         f"{plan.about}, {plan.tokens:,} tokens to read: about {duration(estimate['seconds'])} on "
         f"{tool.model.device}, {_size(estimate['bytes'])} in {output}."
     )
@@ -362,7 +311,7 @@ def _kept(folder: Path) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        _say(f"What was done is kept in {folder}; the same command goes on.")
+        say(f"What was done is kept in {folder}; the same command goes on.")
         raise
 
 
@@ -387,7 +336,7 @@ def _progress(total: int) -> Iterator[Any]:
         if now - last >= 10:
             last = now
             left = (now - started) / done * (total - done)
-            _say(f"{done / total:4.0%}  {done / (now - started):,.0f} tokens/s  about {duration(left)} left")
+            say(f"{done / total:4.0%}  {done / (now - started):,.0f} tokens/s  about {duration(left)} left")
 
     yield advance
 
@@ -407,7 +356,3 @@ def _size(num_bytes: float) -> str:
             break
         num_bytes, unit = num_bytes / 1000, larger
     return f"{num_bytes:,.0f} {unit}" if unit == "bytes" else f"{num_bytes:,.1f} {unit}"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
