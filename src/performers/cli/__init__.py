@@ -20,6 +20,7 @@ from performers.cli import (  # noqa: F401
     conversion,
     corpora,
     distillation,
+    embedding_benchmark,
     finetuning,
     generation,
     interactions,

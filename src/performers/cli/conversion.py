@@ -171,23 +171,61 @@ def benchmark_conversion(
     model: Annotated[
         str | None, typer.Option(help="Of antiberty, minilm, esm2, with commas.", show_default="all")
     ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            help="Of quality (by kernel and features), layers (auto), speed, distillation, with commas.",
+            show_default="all",
+        ),
+    ] = None,
     kernel: Annotated[
-        str | None, typer.Option(help="Kernels, with commas.", show_default="all positive estimates of softmax")
+        str | None,
+        typer.Option(
+            help="Kernels, with commas; the last one is timed and distilled.",
+            show_default="all positive estimates of softmax",
+        ),
     ] = None,
     num_features: Annotated[str | None, typer.Option(help="Features, with commas.", show_default="64,256,1024")] = None,
+    chosen_features: Annotated[
+        int | None, typer.Option(min=2, help="Features of what is timed and distilled.", show_default="256")
+    ] = None,
+    bound: Annotated[
+        float | None, typer.Option(min=1e-6, help="Error that automatic layers keep.", show_default="0.05")
+    ] = None,
     antibodies: Annotated[
         str | None,
         typer.Option(help="FASTA of antibody variable domains, or a .tsv of SCOPe domains (id, class, sequence)."),
+    ] = None,
+    texts: Annotated[
+        str | None,
+        typer.Option(help="English for minilm, a text in every line.", show_default="Python's reference manual"),
     ] = None,
     length: Annotated[
         str | None,
         typer.Option(help="Tokens at which esm2 is timed, with commas; or none.", show_default="1024 to 16384"),
     ] = None,
     fit_to: Annotated[
-        int | None, typer.Option(min=1, help="Sequences that kernels are fitted to.", show_default="16")
+        int | None, typer.Option(min=2, help="Sequences that kernels are fitted to.", show_default="64")
     ] = None,
     judge_on: Annotated[
-        int | None, typer.Option(min=1, help="Other sequences that everything is judged on.", show_default="48")
+        int | None, typer.Option(min=2, help="Other sequences that everything is judged on.", show_default="48")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=2, help="Steps of distillation.", show_default="1000")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences in a step.", show_default="16")] = None,
+    evaluate_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between the points of a curve.", show_default="125")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate end to end.", show_default="that of performers distil")
+    ] = None,
+    layers_learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate layer by layer.", show_default="that of performers distil")
+    ] = None,
+    floor_window: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Window of the student without global attention, 1 for a token alone.", show_default="1"
+        ),
     ] = None,
     cache: Annotated[
         str | None, typer.Option(help="Folder for the downloads.", show_default="performers in the user's cache")
@@ -204,22 +242,34 @@ def benchmark_conversion(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Published models straight after conversion: errors and quality by kernel and features, and speed against length.
+    """Published models converted: quality by kernel and features, speed, and what distillation wins back, against steps.
 
     Example: performers benchmark conversion --antibodies scope-domains.tsv.gz --model antiberty,minilm
     """
-    from performers.benchmarks.conversion import ConversionSettings, measure_conversion, tables
+    from performers.benchmarks.conversion import measure_conversion
+    from performers.benchmarks.conversion_report import tables
+    from performers.benchmarks.conversion_settings import ConversionSettings
     from performers.training.distributed import choose_device
 
     settings = ConversionSettings.of_size(
         quick,
         models=listed(model),
+        parts=listed(part),
         kernels=listed(kernel),
         num_features=numbers("--num-features", num_features),
+        chosen_features=chosen_features,
+        bound=bound,
         antibodies=antibodies,
+        texts=texts,
         lengths=numbers("--length", length),
         fit_to=fit_to,
         judge_on=judge_on,
+        steps=steps,
+        batch_size=batch_size,
+        evaluate_every=evaluate_every,
+        learning_rate=learning_rate,
+        layers_learning_rate=layers_learning_rate,
+        floor_window=floor_window,
         cache=cache,
         device=str(choose_device(device)),
         threads=threads,

@@ -37,7 +37,7 @@ from performers.conversion.saving import LayerTensors
 from performers.conversion.specification import Specification
 from performers.errors import UnsupportedError
 
-NAMES = ("favor", "reformer", "sparse")
+NAMES = ("favor", "reformer", "sparse", "local", "split")
 
 _MECHANISM = "_performers_mechanism"  # on an attention module: its mechanism, not registered as a submodule
 LAYER = "_performers_layer"  # on an attention module: its number, where `convert` has counted

@@ -19,7 +19,7 @@ class Specification:
     """The attention of a converted model.
 
     Attributes:
-        attention: "favor", "reformer" or "sparse".
+        attention: "favor", "reformer", "sparse", "local" or "split".
         arguments: of the mechanism, as in {"kernel": "softmax-sharp", "num_features": 256}.
         layers: the numbers of the attention modules that use it; None for all. The others stay exact.
         modules: the classes of the attention modules, which are numbered in the order of `model.modules()`.

@@ -50,7 +50,7 @@ def convert(
 
     Arguments:
         model: a Hugging Face model, the folder of one, or any module with `nn.MultiheadAttention` in it.
-        attention: "favor", "reformer" or "sparse"; "exact" puts the model's own back.
+        attention: "favor", "reformer", "sparse", "local" or "split"; "exact" puts the model's own back.
         layers: the numbers of the attention modules to replace, in the order of `model.modules()`, negative ones from the end;
             None for all; "auto:0.05" for as many as keep the relative error of the last hidden states under 0.05 on
             `sequences`, those first that do the least harm (the figures are kept in `config.performers["measured"]`).
