@@ -13,6 +13,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Compiled graphs are cached by the names of our operators, whose definitions are what is being worked on.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+# Ray starts its workers at niceness 15: beside tests that use every core they would hardly run.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @pytest.fixture

@@ -416,9 +416,15 @@ def test_proteins_are_read_once_however_many_pairs_name_them(
 
 
 def test_a_model_that_is_damaged_or_of_another_language_model_is_refused(
-    trained: Callable[[str], Path], many: Path, table: Path, folders: Callable[[str], Path], tmp_path: Path
+    trained: Callable[[str], Path],
+    many: Path,
+    table: Path,
+    folders: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shutil.copytree(trained("states") / "model", tmp_path / "model")
+    monkeypatch.setattr("performers.tools.interactions.model.BUNDLED", tmp_path / "nothing")
     with pytest.raises(InputError, match="No --model was given"):
         InteractionModel.open(None)
     with pytest.raises(CheckpointError, match="expected the folder of a model of interactions"):
@@ -447,6 +453,17 @@ def test_a_model_on_a_bundled_one_names_it_and_holds_no_copy(
     opened = InteractionModel.open(None)
     assert opened.settings.body == "performers/protein-masked"
     assert opened.body.folder == tmp_path / "weights" / "protein-masked"
+
+
+def test_the_bundled_model_predicts_and_says_how_good_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = [record for record in read_fasta("bundled:validation") if len(record.sequence) < 120][:4]
+    fasta = write(tmp_path / "x.fasta", "".join(f">{record.id}\n{record.sequence}\n" for record in records))
+    for model in (None, "performers/protein-interactions"):
+        outcome = predict_to(tmp_path / f"{model is None}", [str(fasta)], model, device="cpu")
+        assert outcome.figures["pairs"] == 6
+        assert "better than its baselines on held-out proteins" in capsys.readouterr().err
+    same = [(tmp_path / name / "predictions.tsv").read_text() for name in ("True", "False")]
+    assert same[0] == same[1]
 
 
 def test_proteins_that_the_language_model_cannot_read_are_listed_with_their_pairs(

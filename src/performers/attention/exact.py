@@ -234,10 +234,10 @@ def _attention(
                 *[query.shape[2]] * 2, is_causal=is_causal, cu_seqlens=cu_seqlens, device=query.device
             )
             return product(query, *repeat_heads(query, key, value), attn_mask=visible, scale=scale)
-        out = [
-            _attend(product, query[:, :, rows], key[:, :, rows], value[:, :, rows], is_causal, None, 0, scale)
-            for rows in segments(cu_seqlens, query.shape[2])
-        ]
+        lengths = [rows.stop - rows.start for rows in segments(cu_seqlens, query.shape[2])]
+        # Split, not sliced: the backward pass of each slice would fill and add gradients as long as all sequences together.
+        parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+        out = [_attend(product, q, k, v, is_causal, None, 0, scale) for q, k, v in parts]
         return torch.cat(out, dim=2) if out else query.new_zeros(*query.shape[:3], value.shape[-1])
     if not streaming:
         return _attend(product, query, key, value, is_causal, key_padding_mask, 0, scale)

@@ -109,7 +109,7 @@ def _cells(settings: ConversionSettings) -> Iterator[Cell]:
 def _distillations(settings: ConversionSettings, about: Cell, chosen: Cell) -> Iterator[Cell]:
     from performers.benchmarks.conversion_distillation import CONVERTED
 
-    keys = ("steps", "batch_size", "evaluate_every", "learning_rate", "layers_learning_rate")
+    keys = ("steps", "batch_size", "evaluate_every", "learning_rate", "layers_learning_rate", "dtype")
     training = {key: getattr(settings, key) for key in keys}
     if about["model"] == "antiberty":
         yield {"what": "floor", **about, "system": "nearest neighbour"}

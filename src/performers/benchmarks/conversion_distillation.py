@@ -114,12 +114,14 @@ def measure_distillation(cell: Cell, subject: Subject, folder: Path) -> Figures:
             "model": str(folder / "converted"),
             "output": str(folder / "run"),
             **{key: [str(path)] for key, (path, _) in files.items()},
-            **{key: cell[key] for key in ("steps", "batch_size", "evaluate_every", "device", "threads", "seed")},
+            **{
+                key: cell[key]
+                for key in ("steps", "batch_size", "evaluate_every", "device", "dtype", "threads", "seed")
+            },
             **rates,
             "checkpoint_every": cell["evaluate_every"],
             "keep": 1,
             "on_long": "cut",
-            "dtype": "float32",
         }
     )
 

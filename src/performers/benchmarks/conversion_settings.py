@@ -43,6 +43,7 @@ class ConversionSettings:
         steps, batch_size: of a distillation.
         evaluate_every: steps between the points of its curve.
         learning_rate, layers_learning_rate: of its two stages; None for the defaults of `performers distil`.
+        dtype: "float32", or "bfloat16" for autocast, of a distillation; students are judged in float32.
         floor_window: what each token of the student without global attention sees: |i - j| < this, so 1 for itself alone.
         cache: the folder for downloads; None for `performers` in the user's cache folder.
         device: as in `choose_device`, "auto" resolved.
@@ -66,6 +67,7 @@ class ConversionSettings:
     evaluate_every: int = 125
     learning_rate: float | None = None
     layers_learning_rate: float | None = None
+    dtype: str = "float32"
     floor_window: int = 1
     cache: str | None = None
     device: str = "cpu"

@@ -221,6 +221,9 @@ def benchmark_conversion(
     layers_learning_rate: Annotated[
         float | None, typer.Option(help="Peak learning rate layer by layer.", show_default="that of performers distil")
     ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Precision of distillation; bfloat16 is autocast.")
+    ] = "float32",
     floor_window: Annotated[
         int | None,
         typer.Option(
@@ -269,6 +272,7 @@ def benchmark_conversion(
         evaluate_every=evaluate_every,
         learning_rate=learning_rate,
         layers_learning_rate=layers_learning_rate,
+        dtype=dtype,
         floor_window=floor_window,
         cache=cache,
         device=str(choose_device(device)),

@@ -83,7 +83,10 @@ def predict(
         str | None, typer.Option(help="TSV of a group and an identifier: each group is one context.")
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Score all pairs of the proteins.")] = False,
-    model: Annotated[str | None, typer.Option(help="Folder that `performers interact train` made.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder that `performers interact train` made.", show_default="the bundled one"),
+    ] = None,
     thresh: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Pairs of at least this probability are written on their own, too.")
     ] = 0.5,
@@ -99,7 +102,7 @@ def predict(
 ) -> None:
     """The probability that proteins interact: of pairs, of all pairs, or of all pairs of groups that are read together.
 
-    Example: performers interact predict -i proteins.fasta --pairs pairs.tsv -o predictions --model run
+    Example: performers interact predict -i proteins.fasta --pairs pairs.tsv -o predictions
     """
     if sum((pairs is not None, groups is not None, everything)) != 1:
         raise InputError("Expected one of --pairs, --groups and --all.")

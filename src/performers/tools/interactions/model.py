@@ -36,7 +36,9 @@ from performers.training.run_folder import GENERATOR, OPTIMIZER
 
 SETTINGS, HEAD, BODY, CARD = "interactions.json", "head.safetensors", "body", "README.md"
 BUNDLED = WEIGHTS / "protein-interactions"
-"""What predicts where no other model is asked for, in installations that bring it."""
+"""What predicts where no other model is asked for, in installations that bring it; `scripts/bundle_interactions.py` makes it."""
+
+BUNDLED_NAME = "performers/protein-interactions"
 
 NO_MODEL = (
     "No --model was given, and this release brings no model of interactions with it: give the folder of one, which "
@@ -200,13 +202,13 @@ class InteractionModel:
 
     @classmethod
     def open(cls, folder: str | Path | None, *, device: str = "auto", dtype: str = "auto") -> InteractionModel:
-        """Open a folder that `performers interact train` made: the run's, or the model folder in it.
+        """Open a folder that `performers interact train` made: the run's, or the model folder in it; None for the bundled model.
 
         Raises:
-            InputError: no folder was given.
+            InputError: no folder was given, and this installation has no bundled model.
             CheckpointError: it holds no model of interactions, or a damaged one.
         """
-        if folder is None:
+        if folder is None or (str(folder) == BUNDLED_NAME and not Path(folder).is_dir()):
             if not BUNDLED.is_dir():
                 raise InputError(NO_MODEL)
             folder = BUNDLED
@@ -277,10 +279,11 @@ def save_interactions(
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in head.state_dict().items()}
     save_file(tensors, folder / HEAD)
     (folder / SETTINGS).write_text(json.dumps({**_FORMAT, **asdict(whole)}, indent=1) + "\n", encoding="utf-8")
-    (folder / CARD).write_text(_card(whole), encoding="utf-8")
+    (folder / CARD).write_text(card(whole), encoding="utf-8")
 
 
-def _card(settings: InteractionSettings) -> str:
+def card(settings: InteractionSettings) -> str:
+    """The model card, in Markdown: what the model is for, what it learned from, and how it did."""
     lines = [
         "# A model of protein interactions",
         "",
@@ -290,20 +293,22 @@ def _card(settings: InteractionSettings) -> str:
         "uses it. Trained on: " + ", ".join(f"{name} {value}" for name, value in settings.training.items()) + ".",
         "",
     ]
-    if settings.figures is not None:
-        figures = settings.figures
-        lines += [
-            f"On {figures['pairs']:,} pairs of {figures['proteins']:,} proteins that were held out, "
-            f"{figures['base_rate']:.1%} of which interact (95 % intervals, resampling proteins):",
-            "",
-            "| system | AUROC | AUPR | AUROC of the joint model minus this one's |",
-            "|---|---|---|---|",
+    return "\n".join(lines) + ("" if settings.figures is None else "\n" + figures_table(settings.figures))
+
+
+def figures_table(figures: dict[str, Any]) -> str:
+    """What `figures.measure` found, as a paragraph and a table of a card, in Markdown."""
+    lines = [
+        f"On {figures['pairs']:,} pairs of {figures['proteins']:,} proteins that were held out, "
+        f"{figures['base_rate']:.1%} of which interact (95 % intervals, resampling proteins):",
+        "",
+        "| system | AUROC | AUPR | AUROC of the joint model minus this one's |",
+        "|---|---|---|---|",
+    ]
+    for name, system in figures["systems"].items():
+        behind = "" if "behind" not in system else "{:+.3f} to {:+.3f}".format(*system["behind"])
+        cells = [
+            "{:.3f} ({:.3f} to {:.3f})".format(system[key], *system[f"{key}_interval"]) for key in ("auroc", "aupr")
         ]
-        for name, system in figures["systems"].items():
-            behind = "" if "behind" not in system else "{:+.3f} to {:+.3f}".format(*system["behind"])
-            cells = [
-                "{:.3f} ({:.3f} to {:.3f})".format(system[key], *system[f"{key}_interval"]) for key in ("auroc", "aupr")
-            ]
-            lines.append(f"| {name} | {cells[0]} | {cells[1]} | {behind} |")
-        lines.append("")
-    return "\n".join(lines)
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {behind} |")
+    return "\n".join([*lines, ""])
