@@ -346,14 +346,16 @@ def test_vectors_that_float16_cannot_hold_are_not_made_infinite(masked: Path) ->
     assert "float16" in failures[0][2]
 
 
-@pytest.mark.slow
-def test_a_hundred_thousand_records_take_no_more_memory_than_ten_thousand(masked: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", ["npz", pytest.param("h5", marks=pytest.mark.slow)])
+def test_a_hundred_thousand_records_take_no_more_memory_than_ten_thousand(
+    ending: str, masked: Path, tmp_path: Path
+) -> None:
     resource = pytest.importorskip("resource")
     peaks = []
     for count in (10_000, 100_000):
         with (tmp_path / "x.fasta").open("w") as stream:
             stream.writelines(f">protein{i}\nMKTAYIAKQRQISFVKSHFSRQ\n" for i in range(count))
-        outcome = embed_to(tmp_path / f"{count}.h5", [str(tmp_path / "x.fasta")], masked, device="cpu")
+        outcome = embed_to(tmp_path / f"{count}.{ending}", [str(tmp_path / "x.fasta")], masked, device="cpu")
         assert outcome.items == count
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     assert peaks[1] <= 1.1 * peaks[0]

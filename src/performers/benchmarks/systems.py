@@ -53,6 +53,13 @@ SYSTEMS: dict[str, System] = {
         "#1b6ca8",
         {"split": {"first_kwargs": {"window": WINDOW}, "second_kwargs": _RELU["favor"]}},
     ),
+    # What the bundled models attend with.
+    "performer-relu|local16": System(
+        "one head local (16 tokens), the others Performer-relu",
+        ("split",),
+        "#0f9d9d",
+        {"split": {"heads": 1, "first_kwargs": {"window": 16}, "second_kwargs": _RELU["favor"]}},
+    ),
     # No attention at all: each token gets its own value. What the rest of a model costs.
     "identity": System("identity", ("identity",), "#888888"),
 }

@@ -80,7 +80,7 @@ def benchmark_training(
 
 _SYSTEMS = (
     "transformer, transformer-materialised, performer-relu, performer-softmax, reformer, sparse, local, "
-    "performer-relu+sparse, performer-relu|local, identity"
+    "performer-relu+sparse, performer-relu|local, performer-relu|local16, identity"
 )
 _FOLDER_HELP = "Folder for the report, the pictures and what was measured; the same command goes on with it."
 _RESTART_HELP = "Measure again what the folder holds."
