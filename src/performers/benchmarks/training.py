@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from performers.benchmarks.isolation import run_alone
+from performers.training.configuration import PretrainConfig, read_config
 
 if TYPE_CHECKING:
     from performers.data import Record
 
 
-def measure_training(attention: list[str], **settings: Any) -> list[dict[str, Any]]:
+def measure_training(attention: list[str], config: str | None = None, **settings: Any) -> list[dict[str, Any]]:
     """Times training steps with each attention mechanism, one process after the other.
 
     Arguments:
         attention: mechanisms, e.g. ["favor", "exact"].
+        config: a file of settings of `performers pretrain`, such as a recipe, whose model is taken in place of a preset: with its
+            own attention, and with each of these mechanisms in place of it.
         settings: the other arguments of `training_steps`.
 
     Returns:
@@ -29,13 +32,20 @@ def measure_training(attention: list[str], **settings: Any) -> list[dict[str, An
         InputError: a setting is not valid.
         RunError: a process failed.
     """
-    return [
-        run_alone("performers.benchmarks.training:training_steps", attention=name, **settings) for name in attention
-    ]
+    models = [{"attention": name} for name in attention]
+    if config is not None:
+        given = PretrainConfig.parse({"input": "bundled:train", **read_config(config), "output": "unused"})
+        size = {key: value for key, value in given.architecture.items() if key != "attention_kwargs"}
+        settings["preset"] = given.preset
+        models = [
+            {"attention": given.attention, "architecture": given.architecture},
+            *({"attention": name, "architecture": size} for name in attention),
+        ]
+    return [run_alone("performers.benchmarks.training:training_steps", **model, **settings) for model in models]
 
 
 def training_steps(
-    attention: str,
+    attention: str | list[str],
     preset: str,
     context: int,
     kernel: str,
@@ -49,11 +59,13 @@ def training_steps(
     dtype: str,
     threads: int | None,
     seed: int,
+    architecture: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Takes `warm_up` steps untimed and `steps` timed on concatenated contexts of the bundled sample.
 
     Arguments:
         layer_chunk: `chunk_size_layer` of the model; None leaves it as it is.
+        architecture: as in `PretrainConfig`.
         sequence_chunk: as in `PretrainConfig`.
         attention, preset, context, kernel, batch_size, steps, objective, device, dtype, threads, seed: those of the command.
 
@@ -68,7 +80,7 @@ def training_steps(
         "preset": preset,
         "attention": attention,
         "kernel": kernel if attention == "favor" else None,
-        "architecture": {} if layer_chunk is None else {"chunk_size_layer": layer_chunk},
+        "architecture": (architecture or {}) | ({} if layer_chunk is None else {"chunk_size_layer": layer_chunk}),
         "sequence_chunk": sequence_chunk,
         "batch_size": batch_size,
         "seed": seed,
@@ -78,7 +90,7 @@ def training_steps(
     }
     figures = time_steps(keys, warm_up, steps)
     return {
-        "attention": attention,
+        "attention": attention if isinstance(attention, str) else "+".join(attention),
         "preset": preset,
         "context": context,
         "batch_size": batch_size,
@@ -107,7 +119,6 @@ def time_steps(keys: dict[str, Any], warm_up: int, steps: int) -> dict[str, Any]
     import torch
 
     from performers.data import Contexts, Corpus, in_memory_corpus, read_fasta
-    from performers.training.configuration import PretrainConfig
     from performers.training.distributed import World, choose_device, choose_dtype, keep_freed_memory, use_threads
     from performers.training.language_modelling import micro_batches, new_model
     from performers.training.loop import accumulate_gradients

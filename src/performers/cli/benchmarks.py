@@ -19,6 +19,12 @@ app.add_typer(benchmark, name="benchmark")
 @benchmark.command("training")
 def benchmark_training(
     preset: Annotated[str, typer.Option(help="Size of the model.")] = "paper-regular",
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="Settings of pretrain, or a recipe, whose model is timed, too, and gives the size of the others."
+        ),
+    ] = None,
     context: Annotated[int, typer.Option(min=4, help="Tokens in one context.")] = 8192,
     attention: Annotated[str, typer.Option(help="Mechanisms to compare, with commas.")] = "favor,exact",
     kernel: Annotated[str, typer.Option(help="Kernel of favor.")] = "relu",
@@ -47,6 +53,7 @@ def benchmark_training(
 
     results = measure_training(
         attention.split(","),
+        config,
         preset=preset,
         context=context,
         kernel=kernel,
