@@ -9,6 +9,7 @@ weights of another (init_from) needs that one too: `--before`, the earliest firs
 - config.json and the tokenizer: the model opens in float32, with the numbers that the file holds;
 - config.yaml (config-part-1.yaml, ... of runs before), curve.png: the run's settings and its log;
 - evaluation.json: the figures of the *rounded* weights on the held-out sets that the package carries;
+- with `--also FILE` what `performers contacts` and `performers benchmark design` measured of these weights;
 - README.md: the model card; manifest.json: the SHA-256 of everything.
 
 Figures are measured here (some minutes on a CPU), unless the folder has those of the very same weights already, or FILE holds
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -53,6 +55,13 @@ def main() -> None:
     parser.add_argument("--evaluation", type=Path, help="figures that were measured elsewhere")
     parser.add_argument("--exact", type=Path, help="figures of the same model with exact attention, trained alike")
     parser.add_argument("--hardware", help="what it was trained on, for people; by default the device of the record")
+    parser.add_argument(
+        "--also",
+        type=Path,
+        action="append",
+        default=[],
+        help="a file that was measured of these weights and belongs beside them: contact-regression.json, partner-effect.json",
+    )
     parser.add_argument("--output", type=Path, default=WEIGHTS)
     arguments = parser.parse_args()
     try:
@@ -89,6 +98,8 @@ def bundle(run: Path, target: Path, arguments: argparse.Namespace) -> None:
         )
         draw_curve(records.log, folder / "curve.png", f"{records.name}: training")
         (folder / CARD).write_text(model_card(records), encoding="utf-8")
+        for file in arguments.also:
+            shutil.copyfile(file, folder / file.name)
         for file in folder.iterdir():
             file.chmod(0o644)  # Hugging Face keeps weights to their owner
     print(f"{target}: {num_bytes:,} bytes of weights; all bundled weights {total:,} of {MAX_BYTES:,} bytes.")
