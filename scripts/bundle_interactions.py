@@ -1,6 +1,6 @@
 """Put the model of interactions that a benchmark trained and measured into the package, with all of its figures on its card.
 
-    python scripts/bundle_interactions.py FOLDER --sources TEXT
+    python scripts/bundle_interactions.py FOLDER --sources TEXT --name bernett="Bernett's validation pairs"
 
 FOLDER is what `performers benchmark interactions` left; its language model has to be the bundled one. The verdict, which every
 `performers interact predict` prints, is made from the benchmark's figures: better than its baselines, or not, set by set.
@@ -37,15 +37,18 @@ def main() -> None:
     parser.add_argument(
         "--sources", required=True, help="where the pairs are from and under what licence, for the card"
     )
+    parser.add_argument(
+        "--name", action="append", default=[], metavar="TEST=TEXT", help="what the card calls a set of test pairs"
+    )
     arguments = parser.parse_args()
     try:
-        bundle(arguments.folder, arguments.sources)
+        bundle(arguments.folder, arguments.sources, dict(name.split("=", 1) for name in arguments.name))
     except PerformersError as error:
         sys.exit(str(error))
 
 
-def bundle(folder: Path, sources: str) -> None:
-    report = json.loads((folder / "interactions.json").read_text(encoding="utf-8"))
+def bundle(folder: Path, sources: str, names: dict[str, str]) -> None:
+    report: dict[str, Any] = json.loads((folder / "interactions.json").read_text(encoding="utf-8"))
     if report["quick"]:
         sys.exit(f"{folder}: quick figures do not go into the package.")
     models = [path.parent for path in folder.glob(f"runs/*/model/{SETTINGS}") if _figures(path) == _own(report)]
@@ -54,11 +57,14 @@ def bundle(folder: Path, sources: str) -> None:
     settings = InteractionModel.open(models[0], device="cpu").settings
     if not settings.body.startswith("performers/"):
         sys.exit(f"{models[0]}: its language model is {settings.body}; expected a bundled one.")
-    sets = {"the pairs it learned from": _own(report)}
-    sets |= {cell["test"][0]: cell for cell in report["cells"] if cell["kind"] == "pairs"}
+    sets = {"pairs held out of its training table": _own(report)}
+    tested: dict[str, dict[str, Any]] = {cell["test"][0]: cell for cell in report["cells"] if cell["kind"] == "pairs"}
+    if strange := names.keys() - tested.keys():
+        sys.exit(f"--name {min(strange)}: expected one of {', '.join(tested)}.")
+    sets |= {names.get(name, name): cell for name, cell in tested.items()}
     sentence = "; ".join(
-        f"{how}, of " + " and of ".join(f"{name} ({sets[name]['pairs']:,} pairs)" for name in names)
-        for how, names in _by_verdict(sets).items()
+        f"{how}, measured on " + " and on ".join(f"{name} ({sets[name]['pairs']:,})" for name in measured)
+        for how, measured in _by_verdict(sets).items()
     )
     settings = dataclasses.replace(settings, verdict=sentence)
     texts = [card(settings), *(f"{name}. {figures_table(found)}" for name, found in list(sets.items())[1:])]

@@ -12,7 +12,7 @@ PerformersError
 ├── RunError (RuntimeError)            the run itself failed; the command line exits with 1
 │   ├── NonFiniteError                 a loss or a gradient that is not a finite number, and at which step
 │   └── DiskFullError                  what could not be written, and how much room it needed
-└── UnsupportedError (NotImplementedError)  something that a mechanism cannot express; never ignored in silence
+└── UnsupportedError (NotImplementedError)  something that a mechanism cannot express; never ignored in silence; exits with 2
 ```
 
 Messages are complete sentences in the user's words: they are printed as they are, without a traceback.

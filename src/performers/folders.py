@@ -153,6 +153,8 @@ def sealed_folder(path: Path, *, needed: int | None = None, replace: bool = Fals
                 for file in files
             }
             (temporary / MANIFEST).write_text(json.dumps({**_FORMAT, "files": entries}, indent=1), encoding="utf-8")
+            for file in files:
+                shutil.copymode(temporary / MANIFEST, file)  # safetensors writes files that nobody else may read
             folders = sorted((folder for folder in temporary.rglob("*") if folder.is_dir()), reverse=True)
             for item in (*files, temporary / MANIFEST, *folders, temporary):
                 fsync(item)

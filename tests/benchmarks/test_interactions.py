@@ -50,6 +50,10 @@ def test_the_report_has_every_system_with_intervals_groups_and_a_verdict(tmp_pat
     assert json.loads((tmp_path / "out" / "interactions.json").read_text())["training"]["verdict"]
     printed = tables(report)
     assert [len(rows) for _, _, rows in printed] == [6, 1]
+    assert f"calibration gap of the joint model {cell['calibration']['error']:.3f}" in printed[0][0]
+    (_, header, (row,)) = printed[1]
+    assert len(header) == len(row)
+    assert row[header.index("one context minus additive")].count("to") == 1
     assert (cell["proteins"], cell["pairs"], cell["learned_from"]) == (20, 190, [fasta, pairs])
 
 

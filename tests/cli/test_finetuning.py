@@ -77,6 +77,18 @@ def test_the_two_commands_from_a_table_to_predictions(run: Run, model: Path, dat
     assert float(row["lower"]) < float(row["prediction"]) < float(row["upper"])
 
 
+def test_a_dry_run_prints_what_the_work_would_take(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
+    command = ["finetune", "-i", data, "--target", "y", "--task", "regression", "--model", model]
+    command += ["-o", tmp_path / "out", "--split", "random", "--device", "cpu", "--threads", "1", "--dry-run"]
+    status, out, err = run(*command)
+    assert (status, out) == (0, "")
+    assert "60 proteins, " in err
+    status, out, _ = run(*command, "--json")
+    assert status == 0
+    assert json.loads(out)["estimate"].keys() >= {"proteins", "residues", "seconds", "bytes", "bytes_to_write"}
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_wrong_is_one_line(
     run: Run, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

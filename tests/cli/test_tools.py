@@ -13,7 +13,12 @@ import numpy as np
 import pytest
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
-from performers import PerformerConfig, PerformerForMaskedLM, PerformerTokenizer
+from performers import (
+    PerformerConfig,
+    PerformerForMaskedLM,
+    PerformerForSequenceClassification,
+    PerformerTokenizer,
+)
 from performers.data import STANDARD_RESIDUES
 
 Run = Callable[..., tuple[int, str, str]]
@@ -158,6 +163,11 @@ def test_help_of_tools_loads_neither_torch_nor_transformers(command: str) -> Non
     assert done.returncode == 0, done.stderr
 
 
+def test_a_second_file_without_its_option_is_named(run: Run, model: Path, fasta: Path, tmp_path: Path) -> None:
+    command = ["embed", "-i", fasta, "two.fasta", "-o", tmp_path / "e.npz", "--model", model]
+    refused(run(*command), "two.fasta stands alone", f"-i {fasta} -i two.fasta")
+
+
 def test_read_leaves_a_record_and_has_nothing_to_do_a_second_time(
     run: Run, model: Path, fasta: Path, tmp_path: Path
 ) -> None:
@@ -177,3 +187,14 @@ def test_read_leaves_a_record_and_has_nothing_to_do_a_second_time(
     assert "is complete" in err
     assert json.loads(out)["proteins"] == 30
     refused(run(*command, "--dtype", "bfloat16"), "already there, of other settings", "--restart")
+
+
+def test_a_model_that_cannot_score_is_bad_input(run: Run, model: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    head = PerformerForSequenceClassification(
+        PerformerConfig(**sizes, attention_kwargs={"num_features": 8}, num_labels=1)
+    )
+    head.save_pretrained(tmp_path / "ft")
+    PerformerTokenizer().save_pretrained(tmp_path / "ft")
+    command = ["score", "--wild-type", "MKTAY", "--saturate", "-o", tmp_path / "s.csv", "--model", tmp_path / "ft"]
+    refused(run(*command), "predicts no residues")

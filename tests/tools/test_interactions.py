@@ -1,4 +1,7 @@
-"""Interactions: the laws of reading together, what training leaves, what predictions hold, and what is refused or listed."""
+"""Interactions: the laws of reading together, what training leaves, what predictions hold, and what is refused or listed.
+
+Files of pairs and figures have tests of their own beside this.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import gzip
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +21,7 @@ import pytest
 import torch
 
 from performers.data import FastaReport, Record, read_fasta
-from performers.errors import CheckpointError, ConfigError, InputError, UnsupportedError
+from performers.errors import CheckpointError, ConfigError, InputError, OutputError, UnsupportedError
 from performers.folders import sealed_folder, sha256_of
 from performers.tools.interactions.baselines import PairSet, baseline_scores, composition, homology, triads
 from performers.tools.interactions.figures import (
@@ -24,14 +29,9 @@ from performers.tools.interactions.figures import (
     NO_BETTER,
     NOT_MEASURED,
     Curve,
-    calibration,
-    measure,
-    per_protein,
-    resampled_weights,
-    verdict,
 )
 from performers.tools.interactions.model import HeadShape, InteractionModel, new_head
-from performers.tools.interactions.pairs import labelled_pairs, read_groups, read_pairs, split_pairs
+from performers.tools.interactions.pairs import labelled_pairs, split_pairs
 from performers.tools.interactions.prediction import predict_to
 from performers.tools.interactions.scorer import Scorer
 from performers.tools.interactions.summaries import Summariser, key_features, summarise
@@ -100,6 +100,11 @@ def awake(model: InteractionModel) -> InteractionModel:
         for parameter in model.head.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
     return model
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
 
 
 # The laws.
@@ -342,6 +347,10 @@ def test_a_table_is_written_as_a_file_with_the_positives_beside_it(
     predict_to(tmp_path / "o.tsv", [str(many)], trained("states"), pairs=str(packed), thresh=0.0)
     assert len(rows(tmp_path / "o.tsv")) == 3
     assert (tmp_path / "o.positives.tsv").read_bytes() == (tmp_path / "o.tsv").read_bytes()
+    precious = write(tmp_path / "p.positives.tsv", "precious\n")
+    with pytest.raises(OutputError, match=r"p\.positives\.tsv is there already"):
+        predict_to(tmp_path / "p.tsv", [str(many)], trained("states"), pairs=str(packed))
+    assert precious.read_text() == "precious\n"
 
 
 def test_all_pairs_are_those_of_a_file_that_names_them(
@@ -388,10 +397,129 @@ def test_what_cannot_be_scored_is_listed_and_the_others_are_scored(
     assert [(number, name) for number, name, _ in outcome.failed] == [(1, f"{a} {a}"), (3, "nobody")]
     assert "2 pairs name it" in outcome.failed[1][2]
     assert "nobody" in (tmp_path / "out" / "failed.tsv").read_text()
+    assert (outcome.items, outcome.figures["asked"], outcome.figures["scored"]) == (5, 5, 2)
     (tmp_path / "groups.tsv").write_text(f"one\t{a}\nempty\t\nnone\tnobody\ntwo\t{a}\ntwo\t{b}\ntwo\t{b}\n")
     outcome = predict_to(tmp_path / "g", [str(many)], trained("states"), groups=str(tmp_path / "groups.tsv"))
-    assert [name for _, name, _ in outcome.failed] == ["one", "empty", "nobody", "none"]
+    assert [(number, name) for number, name, _ in outcome.failed] == [
+        *((1, "one"), (2, "empty"), (3, "nobody"), (3, "none"), (6, b))
+    ]
+    assert "1 group names it" in outcome.failed[2][2]
+    assert "two already" in outcome.failed[4][2]
     assert len(rows(tmp_path / "g" / "predictions.tsv")) == 1
+    assert (outcome.figures["asked"], outcome.figures["scored"]) == (4, 1)
+
+
+def test_proteins_named_as_columns_are_not_lost_to_a_header(trained: Callable[[str], Path], tmp_path: Path) -> None:
+    write(tmp_path / "x.fasta", "".join(f">p{i}\n{text}\n" for i, text in enumerate(("MKVLA", "GGWYKK", "MTDEE"))))
+    pairs, groups = write(tmp_path / "p.tsv", "p0\tp1\np0\tp2\np1\tp2\n"), tmp_path / "g.tsv"
+    predict = [str(tmp_path / "x.fasta")], trained("states")
+    outcome = predict_to(tmp_path / "pairs", *predict, pairs=str(pairs))
+    assert (outcome.figures["asked"], outcome.figures["scored"], outcome.failed) == (3, 3, [])
+    write(pairs, "p0\tp1\n")
+    assert predict_to(tmp_path / "pair", *predict, pairs=str(pairs)).figures["scored"] == 1
+    write(groups, "complex\tp0\ncomplex\tp1\ncomplex\tp2\n")
+    assert predict_to(tmp_path / "group", *predict, groups=str(groups)).figures["pairs"] == 3
+
+
+def test_pairs_with_both_labels_are_scored_listed_and_not_measured(
+    trained: Callable[[str], Path], many: Path, table: Path, tmp_path: Path
+) -> None:
+    lines = table.read_text().splitlines()
+    a, b, label = lines[0].split("\t")
+    other = 1 - int(label)
+    contradictory = write(tmp_path / "c.tsv", "\n".join([*lines, f"{b}\t{a}\t{other}", lines[1]]) + "\n")
+    clean = write(tmp_path / "d.tsv", "\n".join([*lines[1:], lines[1]]) + "\n")
+    found, without = (
+        predict_to(tmp_path / path.stem, [str(many)], trained("states"), pairs=str(path))
+        for path in (contradictory, clean)
+    )
+    number = len(lines) + 1
+    assert [(row, name) for row, name, _ in found.failed] == [(number, f"{b} {a}")]
+    assert f"labelled {other} here and {label} in row 1" in found.failed[0][2]
+    assert found.figures["scored"] == found.figures["asked"] == len(lines) + 2
+    assert found.figures["measured"] == without.figures["measured"]
+    assert without.failed == []
+
+
+def test_the_file_of_figures_is_strict_json_of_the_one_model(
+    trained: Callable[[str], Path], many: Path, tmp_path: Path
+) -> None:
+    a, b, c = [record.id for record in read_fasta(str(many))][:3]
+    write(tmp_path / "p.tsv", f"{a}\t{b}\t1\n{a}\t{c}\t0\n")
+    predict_to(tmp_path / "o", [str(many)], trained("states"), pairs=str(tmp_path / "p.tsv"))
+
+    def strange(name: str) -> None:
+        raise AssertionError(name)
+
+    content = json.loads((tmp_path / "o" / "figures.json").read_text(), parse_constant=strange)
+    assert content["measured"]["pairs"] == 2
+    assert "systems" not in content["measured"]
+
+
+def test_a_context_longer_than_trained_is_warned_about_where_it_is_read_whole(
+    trained: Callable[[str], Path], many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = list(read_fasta(str(many)))[:4]
+    tokens = [len(record.sequence) + 2 for record in records]
+    ids = [record.id for record in records]
+    pairs, groups = tmp_path / "p.tsv", tmp_path / "g.tsv"
+    write(pairs, f"{ids[0]}\t{ids[1]}\n{ids[2]}\t{ids[3]}\n")
+    write(groups, "".join(f"c\t{name}\n" for name in ids))
+    for together, warned in (("body", True), ("states", False)):
+        run = tmp_path / together
+        shutil.copytree(trained(together), run)
+        with (run / "config.yaml").open("a") as stream:
+            stream.write(f"context: {max(tokens)}\n")
+        predict_to(tmp_path / f"{together}-pairs", [str(many)], run, pairs=str(pairs))
+        longest = max(sum(tokens[:2]), sum(tokens[2:]))
+        assert (f"Up to {longest:,} tokens are read at a time" in capsys.readouterr().err) == warned
+        predict_to(tmp_path / f"{together}-groups", [str(many)], run, groups=str(groups))
+        assert (f"Up to {sum(tokens):,} tokens are read at a time" in capsys.readouterr().err) == warned
+
+
+def test_a_table_of_groups_says_that_it_has_no_matrices_and_empty_groups_alone_are_refused(
+    trained: Callable[[str], Path], many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = [record.id for record in read_fasta(str(many))][:2]
+    groups = write(tmp_path / "g.tsv", "".join(f"c\t{name}\n" for name in ids))
+    predict_to(tmp_path / "o.tsv", [str(many)], trained("states"), groups=str(groups))
+    assert "only a folder holds their matrices" in capsys.readouterr().err
+    write(groups, "one\t\ntwo\t\n")
+    with pytest.raises(InputError, match="all of its groups are empty"):
+        predict_to(tmp_path / "e", [str(many)], trained("states"), groups=str(groups))
+
+
+@pytest.mark.parametrize("pairs", [100_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+def test_pairs_without_labels_stream_in_memory_that_does_not_grow(
+    pairs: int, trained: Callable[[str], Path], many: Path, tmp_path: Path
+) -> None:
+    ids = [record.id for record in read_fasta(str(many))]
+    drawn = np.random.default_rng(0).integers(len(ids), size=(pairs, 2))
+    drawn[:, 1] = np.where(drawn[:, 0] == drawn[:, 1], (drawn[:, 0] + 1) % len(ids), drawn[:, 1])
+    lines = [f"{ids[a]}\t{ids[b]}\n" for a, b in drawn.tolist()]
+    for name, number in (("few", 20_000), ("all", pairs)):
+        write(tmp_path / f"{name}.tsv", "".join(lines[:number]))
+    code = (
+        "import sys\n"
+        "from performers.memory import forget_peak, peak_memory\n"
+        "from performers.tools.interactions.prediction import predict_to\n"
+        "fasta, model, *tables = sys.argv[1:]\n"
+        "for table in tables:\n"
+        "    forget_peak()\n"
+        "    found = predict_to(table + '.out', [fasta], model, pairs=table, device='cpu')\n"
+        "    print(found.figures['scored'], peak_memory())\n"
+    )
+    tables = [tmp_path / "few.tsv", tmp_path / "all.tsv"]
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(many), str(trained("states")), *map(str, tables)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    (few, before), (everything, after) = (map(int, line.split()) for line in ran.stdout.splitlines())
+    assert (few, everything) == (20_000, pairs)
+    assert after - before < 12_000_000  # the text of a million pairs alone takes more than that
 
 
 def test_proteins_are_read_once_however_many_pairs_name_them(
@@ -506,121 +634,11 @@ def test_contexts_that_cannot_be_read_together_are_listed(
     assert rows(tmp_path / "p" / "predictions.tsv") == []
 
 
-# Files of pairs.
-
-
-def write(path: Path, text: str) -> Path:
-    path.write_text(text)
-    return path
-
-
-def test_pairs_are_read_with_and_without_a_header_and_labels(tmp_path: Path) -> None:
-    plain = list(read_pairs(write(tmp_path / "a.tsv", "P1\tP2\t1\n\nP3\tP3\t0.0\n")))
-    assert [tuple(pair) for pair in plain] == [(1, "P1", "P2", 1), (2, "P3", "P3", 0)]
-    headed = list(read_pairs(write(tmp_path / "b.csv", "protein1,protein2\nP1,P2\n")))
-    assert [tuple(pair) for pair in headed] == [(1, "P1", "P2", None)]
-    letters = list(read_pairs(write(tmp_path / "d.tsv", "a\tb\t1\n")))
-    assert [tuple(pair) for pair in letters] == [(1, "a", "b", 1)]
-    assert next(read_pairs(write(tmp_path / "e.tsv", "a\tb\tlabel\nP1\tP2\t1\n"))).a == "P1"
-    groups = list(read_groups(write(tmp_path / "c.tsv", "group\tid\nx\tP1\ny\tP2\nx\tP3\nx\tP1\n")))
-    assert [tuple(group) for group in groups] == [(1, "x", ("P1", "P3")), (2, "y", ("P2",))]
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", "has no pairs"),
-        ("P1\n", "row 1: 1 values"),
-        ("P1\tP2\t2\n", "the label is '2'"),
-        ("P1\tP2\t1\nP1\t\t1\n", "row 2"),
-        ("P1\tP2\t1\nP1\tP2\n", "row 2"),
-        ("P1\tP2\n", "row 1: 2 values"),
-        ("P1\t\0\t1\n", "no text table"),
-    ],
-)
-def test_a_file_that_is_no_table_of_pairs_is_refused_by_row(text: str, words: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=words):
-        list(read_pairs(write(tmp_path / "pairs.tsv", text), labelled=True))
-
-
-def test_contradictory_self_and_unknown_pairs_are_listed_and_duplicates_counted(tmp_path: Path) -> None:
-    index = {name: i for i, name in enumerate("ABCD")}
-    text = "A\tB\t1\nB\tA\t0\nA\tC\t1\nC\tA\t1\nD\tD\t1\nA\tX\t1\nX\tB\t0\nA\tB\t1\n"
-    found = labelled_pairs(write(tmp_path / "p.tsv", text), index)
-    assert found.pairs.tolist() == [[0, 2]]
-    assert found.labels.tolist() == [1]
-    assert found.duplicates == 3
-    assert [(entry.number, entry.name) for entry in found.left_out] == [(2, "B A"), (5, "D D"), (6, "X")]
-    with pytest.raises(InputError, match="none of its pairs can be used"):
-        labelled_pairs(write(tmp_path / "q.tsv", "A\tA\t1\n"), index)
-
-
 def test_two_proteins_of_one_name_are_refused(table: Path, folders: Callable[[str], Path], tmp_path: Path) -> None:
     fasta = write(tmp_path / "x.fasta", ">a\nMKT\n>b\nMKV\n>a\nMKW\n")
     with pytest.raises(InputError, match="both called 'a'"):
         train_interactions(str(fasta), write(tmp_path / "p.tsv", "a\tb\t1\n"), tmp_path / "run", folders("masked"))
     assert not (tmp_path / "run").exists()
-
-
-# Figures.
-
-
-def test_areas_are_those_of_scikit_learn_also_with_weights_and_ties() -> None:
-    metrics = pytest.importorskip("sklearn.metrics")
-    rng = np.random.default_rng(0)
-    scores, labels = rng.integers(0, 12, 300).astype(float), rng.integers(0, 2, 300)
-    weights = rng.integers(0, 4, 300).astype(float)
-    for given in (None, weights):
-        auroc, aupr = Curve(scores, labels).areas(given)
-        assert auroc == pytest.approx(metrics.roc_auc_score(labels, scores, sample_weight=given))
-        assert aupr == pytest.approx(metrics.average_precision_score(labels, scores, sample_weight=given))
-
-
-def test_intervals_resample_proteins_and_are_wider_than_those_of_pairs() -> None:
-    rng = np.random.default_rng(1)
-    pairs = np.array(list(itertools.combinations(range(30), 2)))
-    taste = rng.normal(size=30)
-    labels = (taste[pairs].sum(1) + 0.3 * rng.normal(size=len(pairs)) > 0).astype(np.int64)
-    scores = taste[pairs].sum(1) + rng.normal(size=len(pairs))
-    low, high = measure({"x": scores}, labels, pairs, seed=0, first="x")["systems"]["x"]["auroc_interval"]
-    naive = []
-    for _ in range(200):
-        chosen = rng.integers(len(pairs), size=len(pairs))
-        naive.append(Curve(scores[chosen], labels[chosen]).areas()[0])
-    assert high - low > 1.3 * np.ptp(np.quantile(naive, [0.025, 0.975]))
-    weights = np.stack(list(resampled_weights(pairs, 0)))
-    assert weights.mean() == pytest.approx(1, abs=0.15)
-
-
-def test_the_verdict_is_better_only_if_every_baseline_is_surely_behind() -> None:
-    rng = np.random.default_rng(0)
-    pairs = np.array(list(itertools.combinations(range(40), 2)))
-    labels = rng.integers(0, 2, len(pairs))
-    good, fair = labels + 0.2 * rng.normal(size=len(pairs)), labels + 2 * rng.normal(size=len(pairs))
-    noise = rng.normal(size=len(pairs))
-    seen = {name: {"joint": a, "x": b, "y": noise} for name, a, b in (("good", good, fair), ("bad", fair, good))}
-    figures = {name: measure(scores, labels, pairs, seed=0, first="joint") for name, scores in seen.items()}
-    assert verdict(figures["good"], "joint") == BETTER
-    assert verdict(figures["bad"], "joint") == NO_BETTER
-    assert verdict(None, "joint") == NOT_MEASURED
-
-
-def test_precision_per_protein_gives_nothing_for_popular_proteins() -> None:
-    rng = np.random.default_rng(0)
-    popular = rng.random(60)
-    pairs = np.array(list(itertools.combinations(range(60), 2)))
-    labels = (rng.random(len(pairs)) < popular[pairs].prod(1)).astype(np.int64)
-    constant = per_protein(np.zeros(len(pairs)), labels, pairs)
-    assert constant is not None
-    assert constant["aupr"] == pytest.approx(constant["base_rate"])
-
-
-def test_calibration_compares_what_was_said_with_what_came_true() -> None:
-    rng = np.random.default_rng(0)
-    said = rng.random(20_000)
-    true = (rng.random(20_000) < said).astype(np.int64)
-    assert calibration(said, true)["error"] < 0.02
-    assert calibration(said**3, true)["error"] > 0.1
 
 
 # Baselines.

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import random
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +80,73 @@ def test_the_chains_of_a_structure_are_proteins(tmp_path: Path) -> None:
         list(read_proteins(written(tmp_path, "water.pdb", PDB[PDB.index("HETATM") :])))
 
 
+MMCIF = """\
+data_1ABC
+loop_
+_entity.id
+_entity.type
+1 polymer
+2 water
+loop_
+_entity_poly.entity_id
+_entity_poly.type
+_entity_poly.pdbx_strand_id
+1 'polypeptide(L)' A,B
+loop_
+_entity_poly_seq.entity_id
+_entity_poly_seq.num
+_entity_poly_seq.mon_id
+1 1 MET
+1 2 MSE
+1 3 THR
+1 4 GLY
+loop_
+_struct_asym.id
+_struct_asym.entity_id
+A 1
+B 1
+C 2
+loop_
+_atom_site.group_PDB
+_atom_site.id
+_atom_site.type_symbol
+_atom_site.label_atom_id
+_atom_site.label_alt_id
+_atom_site.label_comp_id
+_atom_site.label_asym_id
+_atom_site.label_entity_id
+_atom_site.label_seq_id
+_atom_site.pdbx_PDB_ins_code
+_atom_site.Cartn_x
+_atom_site.Cartn_y
+_atom_site.Cartn_z
+_atom_site.occupancy
+_atom_site.B_iso_or_equiv
+_atom_site.auth_seq_id
+_atom_site.auth_asym_id
+_atom_site.pdbx_PDB_model_num
+ATOM 1 C CA . MET A 1 1 ? 11.6 6.0 -5.1 1.0 0.0 1 A 1
+ATOM 2 C CA . MSE A 1 2 ? 13.6 6.0 -3.1 1.0 0.0 2 A 1
+ATOM 3 C CA . THR A 1 3 ? 16.6 6.0 -1.1 1.0 0.0 3 A 1
+ATOM 4 C CA . MET B 1 1 ? 21.6 6.0 -5.1 1.0 0.0 1 B 1
+ATOM 5 C CA . MSE B 1 2 ? 23.6 6.0 -3.1 1.0 0.0 2 B 1
+HETATM 6 O O . HOH C 2 . ? 30.0 30.0 30.0 1.0 0.0 101 A 1
+"""
+
+
+@pytest.mark.parametrize("name", ["1abc.cif", "1abc.mmcif", "1ABC.cif.gz"])
+def test_the_chains_of_an_mmcif_file_are_proteins_as_deposited(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("gemmi")
+    found = list(read_proteins(written(tmp_path, name, MMCIF)))
+    stem = name[:4]
+    # Selenomethionine is read as methionine; the last residue was not observed, and is there all the same.
+    assert [(protein.id, protein.chains) for protein in found] == [(f"{stem}_A", ("MMTG",)), (f"{stem}_B", ("MMTG",))]
+    with pytest.raises(FastaError, match="no protein chain"):
+        list(read_proteins(written(tmp_path, "water.cif", re.sub("(?m)^ATOM .*\n", "", MMCIF))))
+    with pytest.raises(FastaError, match=r"damaged\.cif cannot be read as a structure"):
+        list(read_proteins(written(tmp_path, "damaged.cif", MMCIF[: MMCIF.index("ATOM 3") + 20])))
+
+
 def test_a_colon_separates_chains_and_sources_are_numbered_through(tmp_path: Path) -> None:
     first = written(tmp_path, "x.fasta", ">pair\nMKT:MK W\n")
     second = written(tmp_path, "y.csv", "id,sequence\nthree,M:K:T\n")
@@ -127,6 +198,35 @@ def test_a_truncated_table_is_refused(tmp_path: Path) -> None:
         list(read_proteins(tmp_path / "x.csv.gz"))
 
 
+def test_a_header_of_any_length_is_a_sentence_away_from_a_table(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom performers.tools import read_proteins\nfrom performers.errors import InputError\n"
+        "try:\n    list(read_proteins(sys.argv[1]))\nexcept InputError as error:\n    print(error)\n"
+    )
+    # In a process of its own: the limit of the csv module is the process's.
+    path = written(tmp_path, "x.csv", "A" * 200_000 + "\n")
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    assert "has no column 'id'" in done.stdout, done.stderr
+    with pytest.raises(InputError, match="holds a NUL byte"):
+        list(read_proteins(written(tmp_path, "y.csv", "id,seq\0uence\na,MKT\n")))
+
+
+def test_a_damaged_page_of_a_parquet_file_is_named(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "x.parquet"
+    sequences = ["".join(random.Random(i).choices("ACDEFGHIKLMNPQRSTVWY", k=300)) for i in range(200)]
+    table = pyarrow.table({"id": [str(i) for i in range(200)], "sequence": sequences})
+    parquet.write_table(table, path, compression="zstd", use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(64)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"x\.parquet cannot be read after 0 rows: "):
+        list(read_proteins(path))
+
+
 def test_what_to_do_with_other_letters_is_an_option_in_every_format(tmp_path: Path) -> None:
     for name, text in (("x.fasta", ">a\nM*T\n>b\nMK\n"), ("x.csv", "id,sequence\na,M*T\nb,MK\n")):
         path = written(tmp_path, name, text)
@@ -134,8 +234,10 @@ def test_what_to_do_with_other_letters_is_an_option_in_every_format(tmp_path: Pa
         assert [protein.chains[0] for protein in read_proteins(path, on_invalid="x", report=report)] == ["MXT", "MK"]
         assert report.replaced == 1
         report = FastaReport()
-        assert [protein.id for protein in read_proteins(path, on_invalid="skip", report=report)] == ["b"]
+        found = list(read_proteins(path, on_invalid="skip", report=report))
+        assert [(protein.id, protein.number) for protein in found] == [("b", 2)]
         assert report.skipped == 1
+        assert report.left_out == [(1, "a", "residue 2: '*' is not a residue")]
 
 
 def test_a_protein_that_is_too_long_is_refused_and_never_cut(tmp_path: Path) -> None:

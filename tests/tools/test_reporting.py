@@ -1,6 +1,7 @@
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from html import unescape
 from html.parser import HTMLParser
@@ -9,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
 
-from performers.errors import InputError
+from performers.errors import InputError, OutputError
 from performers.tools import embed, score
 from performers.tools.reporting import report
 
@@ -68,6 +70,13 @@ def test_a_report_is_one_page_that_fetches_nothing_and_escapes_names(
     assert "<b>second" not in text
     assert "<b>second</b>&co" in unescape(text)
     assert {"run.json", "cite.bibtex", "methods.txt", "report.tsv"} <= {path.name for path in tmp_path.iterdir()}
+    methods = (tmp_path / "methods.txt").read_text()
+    assert len(re.findall(r"\.(?=\s)", methods.replace("et al.,", ""))) == 2  # sentences, about what was done
+    assert "4 proteins" in methods
+    assert "contacts were predicted by a logistic regression on attention maps (Rao et al., 2021)" in methods
+    assert ("substitutions were scored by masked-marginals" in methods) == (kind == "masked")
+    assert ("masked at a time" in methods) == (kind == "masked")
+    assert methods.strip() in unescape(text)
 
 
 def test_the_figures_of_a_report_are_those_of_the_tools(
@@ -114,6 +123,11 @@ def test_interactions_and_designs_are_shown_beside_the_proteins(
         ({"chosen": "nobody"}, "", "There is no protein 'nobody' in the input"),
         ({"interactions": "table"}, "p0\tp1\tprob\na\tb\t1.5\n", "row 1: prob is '1.5'; expected a number from 0 to 1"),
         ({"interactions": "table"}, "a\tb\n1\t2\n", "p0"),
+        (
+            {"interactions": "table"},
+            "group\tp0\tp1\tprob\ng\ta\tb\t0.5\nh\ta\tb\t0.9\n",
+            "row 2, is of group 'h' and the rows before it of 'g'",
+        ),
         ({"designs": "table"}, "id\n", "has no rows; expected designs"),
     ],
 )
@@ -126,6 +140,67 @@ def test_a_report_that_cannot_be_made_is_refused_in_one_sentence(
     with pytest.raises(InputError, match=re.escape(message)):
         report(tmp_path / "report.html", [str(fasta)], folders("masked"), **options)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_every_chain_of_the_chosen_protein_is_looked_at(
+    folders: Callable[[str], Path], fasta: Path, tmp_path: Path
+) -> None:
+    report(tmp_path / "report.html", [str(fasta)], folders("masked"), chosen="pair")
+    page = (tmp_path / "report.html").read_text()
+    worst: list[tuple[float, str]] = []
+    for number, chain in enumerate(PROTEINS["pair"].split(":"), start=1):
+        assert f'alt="Every substitution of chain {number}"' in page
+        singles: dict[str, list[float]] = {}
+        for single in score(chain, model=folders("masked"), strategy="masked-marginals"):
+            if single.status == "ok":
+                assert single.score is not None
+                singles.setdefault(single.mutant[:-1], []).append(single.score)
+        worst += [(float(np.mean(scores)), f"{name} of chain {number}") for name, scores in singles.items()]
+    shown = re.findall(r'<tr><td>(\w+ of chain \d)</td><td class="number">(-?[\d.]+)</td>', page)
+    assert [(name, float(mean)) for name, mean in shown] == [
+        (name, round(mean, 2)) for mean, name in sorted(worst)[:10]
+    ]
+
+
+def test_without_scikit_learn_a_report_is_made_without_contacts(
+    folders: Callable[[str], Path], fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for name in ("sklearn", "sklearn.linear_model"):
+        monkeypatch.setitem(sys.modules, name, None)
+    outcome = report(tmp_path / "report.html", [str(fasta)], folders("masked"))
+    assert outcome.figures["contacts"] is False
+    page = (tmp_path / "report.html").read_text()
+    assert 'alt="Every substitution"' in page
+    assert 'alt="Contacts"' not in page
+    for said in (unescape(page), capsys.readouterr().err):
+        assert re.search(r"Without contacts: .*pip install 'performers\[tools\]'", said)
+    assert "contacts" not in (tmp_path / "methods.txt").read_text()
+
+
+def test_a_dry_run_fits_nothing(
+    folders: Callable[[str], Path], fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def fit(*_: object) -> None:
+        raise AssertionError("a dry run has fitted a regression")
+
+    monkeypatch.setattr("performers.tools.reporting.fit_regression", fit)
+    before = sorted(tmp_path.iterdir())
+    outcome = report(tmp_path / "report.html", [str(fasta)], folders("masked"), dry_run=True)
+    assert not outcome.done
+    assert "would be fitted first" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_table_that_is_shown_is_not_replaced_by_that_of_the_report(
+    folders: Callable[[str], Path], fasta: Path, tmp_path: Path
+) -> None:
+    pairs = tmp_path / "report.tsv"
+    pairs.write_text("p0\tp1\tprob\nfirst\tfourth\t0.9\n")
+    with pytest.raises(OutputError, match=r"report\.tsv is there already"):
+        report(tmp_path / "report.html", [str(fasta)], folders("masked"), interactions=pairs)
+    assert pairs.read_text() == "p0\tp1\tprob\nfirst\tfourth\t0.9\n"
 
 
 def test_a_report_made_again_has_the_same_bytes(folders: Callable[[str], Path], fasta: Path, tmp_path: Path) -> None:
@@ -154,9 +229,12 @@ def test_a_browser_shows_every_section_and_sorts_a_table(
         "--disable-sync",
         f"--user-data-dir={tmp_path / 'browser'}",
     ]
-    dump = subprocess.run(
-        ["chromium", *flags, "--dump-dom", f"file://{page}"], capture_output=True, text=True, check=True, timeout=120
-    ).stdout
+
+    def chromium(*arguments: str) -> str:
+        command = ["chromium", *flags, *arguments, f"file://{page}"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+    dump = chromium("--dump-dom")
     shown = [
         int(number)
         for number in re.findall(r'<tr><td class="number">\d+</td><td>.*?</td><td class="number">(\d+)</td>', dump)
@@ -164,3 +242,8 @@ def test_a_browser_shows_every_section_and_sorts_a_table(
     assert shown == sorted(len(sequence.replace(":", "")) for sequence in PROTEINS.values())
     for section in ("overview", "map", "proteins", "chosen", "methods"):
         assert f'<section id="{section}">' in dump
+    chromium(f"--screenshot={tmp_path / 'page.png'}", "--window-size=900,700")
+    assert (tmp_path / "page.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    picture = imread(tmp_path / "page.png")
+    assert picture.shape[:2] == (700, 900)
+    assert len(np.unique(picture[..., :3].reshape(-1, 3), axis=0)) > 20  # text and pictures, not an empty page

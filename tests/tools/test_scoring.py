@@ -257,7 +257,7 @@ def test_the_output_has_a_row_for_every_row_of_the_input(masked: Path, tmp_path:
     assert [number for number, _, _ in outcome.failed] == [3, 4, 6, 9]
     assert (tmp_path / "failed.tsv").read_text().count("\n") == 5
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
-    assert "Not for clinical use" in (tmp_path / "methods.txt").read_text()
+    assert "not for clinical use" in (tmp_path / "methods.txt").read_text()
     assert json.loads((tmp_path / "run.json").read_text())["results"]["figures"]["statuses"]["ok"] == 3
 
 
@@ -277,6 +277,20 @@ def test_several_wild_types_share_a_table(masked: Path, tmp_path: Path) -> None:
     assert [row["id"] for row in rows_of(tmp_path / "all.csv")] == ["a"] * 95 + ["b"] * 95
     assert (tmp_path / "all.png").exists()
     assert (tmp_path / "all-2.png").exists()
+
+
+def test_baselines_have_intervals_as_the_scores_have() -> None:
+    generator = np.random.default_rng(0)
+    scores, measured, other = generator.normal(size=(3, 400))
+    mutations = generator.integers(1, 3, size=400)
+    rows = agreement(scores, measured, measured > 0, mutations, {"other": other})
+    for row, chosen in zip(rows, (mutations > 0, mutations == 1, mutations == 2), strict=True):
+        expected = spearmanr(other[chosen], measured[chosen])[0]
+        assert row["baselines"]["other"]["spearman"] == pytest.approx(expected)
+        assert row["baselines"]["other"]["interval"] == spearman_interval(
+            row["baselines"]["other"]["spearman"], int(chosen.sum())
+        )
+        assert row["interval"] == spearman_interval(row["spearman"], int(chosen.sum()))
 
 
 def test_a_proteingym_folder_is_scored_assay_by_assay(masked: Path, tmp_path: Path) -> None:
@@ -334,15 +348,18 @@ def test_the_baseline_of_an_agreement_is_the_sum_of_blosum62_over_the_substituti
     outcome = score_to(tmp_path / "s.csv", "MKWAY", masked, variants=str(tmp_path / "v.csv"), device="cpu")
     rows = outcome.figures["agreement"]["s"]
     assert [row["mutations"] for row in rows] == ["all", "1", "2"]
-    assert rows[0]["baseline"] == pytest.approx(spearmanr([1, -3, 2, -1, 3], [5, 1, 4, 2, 3])[0])
+    found = rows[0]["baselines"]
+    assert found["blosum62"]["spearman"] == pytest.approx(spearmanr([1, -3, 2, -1, 3], [5, 1, 4, 2, 3])[0])
+    # Less W to W, which is 11, and K to K, which is 5.
+    assert found["blosum62_change"]["spearman"] == pytest.approx(spearmanr([-10, -14, -3, -6, -13], [5, 1, 4, 2, 3])[0])
     (tmp_path / "x.csv").write_text("mutant,DMS_score\nW3X,5\nW3A,1\nK2R,4\n")
     outcome = score_to(tmp_path / "x-s.csv", "MKWAY", masked, variants=str(tmp_path / "x.csv"), device="cpu")
-    assert outcome.figures["agreement"]["x-s"][0]["baseline"] is None
+    assert outcome.figures["agreement"]["x-s"][0]["baselines"]["blosum62"]["spearman"] is None
 
 
 def test_measurements_that_are_not_numbers_are_refused_before_the_work(masked: Path, tmp_path: Path) -> None:
     (tmp_path / "v.csv").write_text("mutant,DMS_score\nK2W,1\nT3A,high\n")
-    with pytest.raises(InputError, match="Row 2: DMS_score is 'high'; expected a number"):
+    with pytest.raises(InputError, match=r"v\.csv, row 2: DMS_score is 'high'; expected a number"):
         score_to(tmp_path / "out.csv", WILD_TYPE, masked, variants=str(tmp_path / "v.csv"), device="cpu")
     assert [path.name for path in tmp_path.iterdir()] == ["v.csv"]
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from performers.tools import contacts_to, embed_to, generate_to, jobs, reading, score_to
+from performers.data import Record
+from performers.memory import forget_peak, peak_memory, resident_memory
+from performers.tools import LanguageModel, contacts_to, embed, embed_to, generate_to, jobs, reading, score_to
 from performers.tools.tool import Tool
 
 TOOLS: dict[str, Callable[..., Any]] = {
@@ -54,6 +57,17 @@ def run_and_be_interrupted(tool: str, arguments: dict[str, Any], shard_tokens: i
 
     jobs._Work.save = interrupted  # pyright: ignore[reportAttributeAccessIssue]
     TOOLS[tool](**arguments)
+
+
+def embed_and_weigh(model: str, length: int, path: str) -> None:
+    """Embeds a protein and writes down how much memory that took beyond the model, in bytes."""
+    torch.set_num_threads(1)
+    opened = LanguageModel.open(model, device="cpu")
+    list(embed([Record("short", "", "MKT", 1)], opened))  # what is taken once
+    forget_peak()
+    before = resident_memory()
+    list(embed([Record("long", "", "MKTAYIAKQR" * (length // 10), 1)], opened, include=["mean", "per_tok"]))
+    Path(path).write_text(str(peak_memory() - before))
 
 
 def run_as_rank(arguments: dict[str, Any], rank: int, size: int, shard_tokens: int) -> None:

@@ -42,17 +42,30 @@ class Families:
 
     def wrong(self, family: int) -> int:
         """The other family whose members' mean length is nearest."""
-        lengths = [sum(len(record.sequence) for record in members) / len(members) for members in self.held_out]
+        lengths = [_mean_length(members) for members in self.held_out]
         others = (other for other in range(len(lengths)) if other != family)
         return min(others, key=lambda other: (abs(lengths[other] - lengths[family]), other))
 
     def unlike(self, records: Sequence[Record], count: int) -> list[Record]:
-        """Members of the family whose mean length is nearest to that of the records, which are of none of the families."""
-        mean = sum(len(record.sequence) for record in records) / len(records)
-        given = {record.sequence for record in records}
+        """So many proteins of families that hold none of the records, the families of the nearest mean length first.
+
+        Raises:
+            InputError: they have fewer.
+        """
+        given, length = {record.sequence for record in records}, _mean_length(records)
         others = [members for members in self.held_out if not given & {record.sequence for record in members}]
-        nearest = min(others, key=lambda members: abs(sum(len(r.sequence) for r in members) / len(members) - mean))
-        return nearest[:count]
+        others.sort(key=lambda members: abs(_mean_length(members) - length))
+        found = [record for members in others for record in members]
+        if len(found) < count:
+            raise InputError(
+                f"The held-out families have {len(found):,} proteins that are not among the {count:,} relatives: expected as "
+                "many, for a wrong family."
+            )
+        return found[:count]
+
+
+def _mean_length(records: Sequence[Record]) -> float:
+    return sum(len(record.sequence) for record in records) / len(records)
 
 
 def prepare_families(

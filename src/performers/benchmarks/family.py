@@ -5,7 +5,7 @@ read in each other's context, unless one is given. Residues of a held-out protei
 of its cluster mates, and with those of as many members of another held-out cluster of about the same length. What counts is own
 against wrong: anything that any proteins would do for any others is in both. The same model with exact attention, which keeps
 every key, stands beside it, and so do the two simplest uses of the same mates: how often each residue occurs in them, and a
-profile HMM.
+profile HMM. The variants of one protein can be scored in the same three ways (`performers.benchmarks.family_assay`).
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from performers.benchmarks.comparison import OBJECTIVES, Recipe, recipe_and_rest, run_cell, train
 from performers.benchmarks.experiment import DONE, UNAVAILABLE, Cell, Experiment, Figures
 from performers.benchmarks.families import Families, prepare_families
+from performers.benchmarks.family_figures import accuracies, agreements, named, verdicts
 from performers.benchmarks.systems import SYSTEMS, check_systems
 from performers.errors import InputError
 
+if TYPE_CHECKING:
+    from performers.benchmarks.family_assay import Assay
+
 CONTEXTS = ("none", "own", "wrong")
 COMPOSITION, PROFILE = "composition of the context", "profile HMM of the context"
-_RESAMPLES = 1000
+BLOSUM62 = "BLOSUM62"
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class FamilySettings:
         objective: "mlm" or "clm", of what is trained.
         families: at most so many are read.
         members: of each; one less is a context.
-        targets: members that are predicted, each in the context of the others.
+        targets: members that are predicted, each in the context of the others; 0 for the assay alone.
         max_length: residues; longer proteins are left out.
         assay: a table of variants with measurements, of the protein in `wild_type`, to be scored with `homologs` as its family;
             three files, or none.
@@ -89,7 +93,9 @@ class FamilySettings:
             raise InputError("--input and --clusters belong together: proteins, and which of them are related.")
         if not settings.sources and not quick:
             raise InputError("--input and --clusters are needed: proteins, and which of them are related.")
-        if not 1 <= settings.targets <= settings.members or settings.members < 2 or settings.families < 2:
+        if settings.targets == 0 and settings.assay is None:
+            raise InputError("--targets 0 leaves nothing to measure but an assay: expected --assay.")
+        if not 0 <= settings.targets <= settings.members or settings.members < 2 or settings.families < 2:
             raise InputError("Expected at least two families of at least two members, and at most as many targets.")
         if len({value is None for value in (settings.assay, settings.wild_type, settings.homologs)}) > 1:
             raise InputError("--assay, --wild-type and --homologs belong together.")
@@ -109,13 +115,13 @@ def measure_family(
 
     Returns:
         The report: the cells; "accuracy", a row for each model and context with 95 % bootstrap intervals over families;
-        "verdicts", own against none and wrong for each model; "assays", the correlation with measurements.
+        "verdicts", own against none and wrong, and wrong against none, for each model; "assays" and "assay_verdicts", the same of
+        the correlation with measurements, with intervals over variants; "relatives", how many were read for that.
 
     Raises:
         InputError: a setting or a file is not valid, too few families are held out, or the folder is in use.
     """
     from performers.training.checkpoint import find_model
-    from performers.training.runs import describe_file
 
     with Experiment("family", asdict(settings), output, quick=quick, restart=restart) as experiment:
         families = prepare_families(
@@ -129,49 +135,45 @@ def measure_family(
             seed=settings.seed,
             training=settings.model is None,
         )
+        assay = _assay(settings, families)  # before anything is trained: it may be refused
         models: dict[str, Path] = {}
         if settings.model is not None:
             models["the given model"] = find_model(settings.model)
         else:
             models = _trained(settings, families, experiment)
-        parts: list[Cell] = [
-            {
-                "part": "reading",
-                "model": name,
-                "weights": [describe_file(file)["sha256"] for file in sorted(folder.glob("*.safetensors"))],
-                "context": context,
-                "families": families.key,
-                **{key: getattr(settings, key) for key in ("targets", "device", "seed")},
-            }
-            for name, folder in models.items()
-            for context in CONTEXTS
-        ]
-        parts += [
-            {"part": "baseline", "model": baseline, "context": context, "families": families.key}
-            | {key: getattr(settings, key) for key in ("targets", "seed")}
-            for baseline in (COMPOSITION, PROFILE)
-            for context in CONTEXTS[1:]
-        ]
         read = experiment.measure(
-            parts,
+            _reading_cells(settings, models, families) if settings.targets else [],
             lambda cell, before: _read(cell, models, families, settings.threads),
-            name=lambda cell: f"{cell['model']}, {_named(cell['context'])}",
+            name=lambda cell: f"{cell['model']}, {named(cell['context'])}",
             result=lambda figures: f"accuracy {sum(figures['right']) / sum(figures['residues']):.4f}",
         )
-        assays = experiment.measure(
-            _assay_cells(settings, models),
-            lambda cell, before: _score(cell, models[cell["model"]], settings, families),
-            name=lambda cell: f"assay by {cell['model']}, {_named(cell['context'])}",
-            result=lambda figures: f"Spearman {figures['spearman']:.3f}",
-        )
+        scored: list[Figures] = []
+        if assay is not None:
+            scored = experiment.measure(
+                _assay_cells(settings, models, families),
+                lambda cell, before: _score(cell, models, assay, settings.threads),
+                name=lambda cell: f"assay by {cell['model']}, {named(cell['context'])}",
+                result=lambda figures: f"{len(figures['rows']):,} variants",
+            )
         done = [cell for cell in read if cell["status"] == DONE]
+        assays, gains = agreements([cell for cell in scored if cell["status"] == DONE], settings.seed)
         return experiment.report(
             lambda report, folder: [],
             accuracy=accuracies(done, settings.seed),
             verdicts=verdicts(done, settings.seed),
-            assays=[cell for cell in assays if cell["status"] == DONE],
+            assays=assays,
+            assay_verdicts=gains,
+            relatives=0 if assay is None else len(assay.contexts["own"]),
             families=len(families.held_out),
         )
+
+
+def _assay(settings: FamilySettings, families: Families) -> Assay | None:
+    if settings.assay is None or settings.wild_type is None or settings.homologs is None:
+        return None
+    from performers.benchmarks.family_assay import prepare_assay
+
+    return prepare_assay(settings.assay, settings.wild_type, settings.homologs, families)
 
 
 def _trained(settings: FamilySettings, families: Families, experiment: Experiment) -> dict[str, Path]:
@@ -226,148 +228,94 @@ def _read(cell: Cell, models: dict[str, Path], families: Families, threads: int 
         return {"status": DONE, **read_families(models[cell["model"]], *arguments, cell["device"])}
 
 
-def _assay_cells(settings: FamilySettings, models: dict[str, Path]) -> list[Cell]:
-    if settings.assay is None or settings.wild_type is None or settings.homologs is None:
-        return []
-    from performers.training.runs import describe_file
-
-    files = [describe_file(path)["sha256"] for path in (settings.assay, settings.wild_type, settings.homologs)]
-    return [
-        {"part": "assay", "model": name, "context": context, "files": files, "device": settings.device}
-        | {"weights": [describe_file(file)["sha256"] for file in sorted(folder.glob("*.safetensors"))]}
+def _reading_cells(settings: FamilySettings, models: dict[str, Path], families: Families) -> list[Cell]:
+    parts: list[Cell] = [
+        {
+            "part": "reading",
+            "model": name,
+            "weights": _weights(folder),
+            "context": context,
+            "families": families.key,
+            **{key: getattr(settings, key) for key in ("targets", "device", "seed")},
+        }
         for name, folder in models.items()
         for context in CONTEXTS
     ]
+    parts += [
+        {"part": "baseline", "model": baseline, "context": context, "families": families.key}
+        | {key: getattr(settings, key) for key in ("targets", "seed")}
+        for baseline in (COMPOSITION, PROFILE)
+        for context in CONTEXTS[1:]
+    ]
+    return parts
 
 
-def _score(cell: Cell, model: Path, settings: FamilySettings, families: Families) -> Figures:
-    """The correlation of a table's measurements with scores by a model in a context."""
-    from performers.data import read_fasta
-    from performers.errors import UnsupportedError
-    from performers.tools.agreement import spearman
-    from performers.tools.context_states import read_context
-    from performers.tools.language_model import LanguageModel
-    from performers.tools.scoring import score
+def _assay_cells(settings: FamilySettings, models: dict[str, Path], families: Families) -> list[Cell]:
+    from performers.training.runs import describe_file
+
+    given = (settings.assay, settings.wild_type, settings.homologs)
+    files = [describe_file(path)["sha256"] for path in given if path is not None]
+    shared = {"part": "assay", "files": files, "families": families.key}
+    parts: list[Cell] = [
+        {**shared, "model": name, "context": context, "weights": _weights(folder), "device": settings.device}
+        for name, folder in models.items()
+        for context in CONTEXTS
+    ]
+    return [*parts, {**shared, "model": BLOSUM62, "context": "none"}, {**shared, "model": PROFILE, "context": "own"}]
+
+
+def _weights(folder: Path) -> list[str]:
+    from performers.training.runs import describe_file
+
+    return [describe_file(file)["sha256"] for file in sorted(folder.glob("*.safetensors"))]
+
+
+def _score(cell: Cell, models: dict[str, Path], assay: Assay, threads: int | None) -> Figures:
+    """The scores of an assay's variants by one model in a context."""
+    from performers.benchmarks.family_assay import score_by_matrix, score_by_model, score_by_profile
     from performers.training.distributed import use_threads
 
-    assert settings.wild_type is not None
-    assert settings.homologs is not None
-    opened = LanguageModel.open(model, device=cell["device"])
-    with use_threads(settings.threads):
-        try:
-            if cell["context"] != "none":
-                wild_type = {record.sequence for record in read_fasta(settings.wild_type)}
-                own = [record for record in read_fasta(settings.homologs) if record.sequence not in wild_type]
-                opened.use_context(
-                    read_context(
-                        opened, own if cell["context"] == "own" else families.unlike(own, settings.members - 1)
-                    )
-                )
-        except UnsupportedError as error:
-            return {"status": UNAVAILABLE, "reason": str(error)}
-        scored = [
-            (found.score, float(found.values["DMS_score"]))
-            for found in score(settings.wild_type, settings.assay, opened)
-            if found.score is not None and found.values.get("DMS_score")
-        ]
-    if len(scored) < 2:
-        raise InputError(f"{settings.assay}: expected a column DMS_score, and variants that can be scored.")
-    import numpy as np
-
-    found, measured = np.array(scored).T
-    return {"status": DONE, "spearman": spearman(found, measured), "variants": len(scored)}
-
-
-def accuracies(cells: Sequence[Figures], seed: int) -> list[Figures]:
-    """A row for each model and context: accuracy and perplexity over all residues, with bootstrap intervals over families."""
-    import numpy as np
-
-    rows: list[Figures] = []
-    for cell in cells:
-        right, count, loss = (np.array(cell[key], dtype=float) for key in ("right", "residues", "loss"))
-        draws = _draws(len(count), seed)
-        low, high = np.quantile(right[draws].sum(1) / count[draws].sum(1), [0.025, 0.975])
-        rows.append(
-            {
-                "model": cell["model"],
-                "context": cell["context"],
-                "accuracy": right.sum() / count.sum(),
-                "interval": [float(low), float(high)],
-                "perplexity": float(np.exp(loss.sum() / count.sum())),
-                "families": len(count),
-                "residues": int(count.sum()),
-            }
-        )
-    return rows
-
-
-def verdicts(cells: Sequence[Figures], seed: int) -> list[Figures]:
-    """What the own context gains over none and over a wrong one, on the same residues, families resampled together."""
-    import numpy as np
-
-    found = {(cell["model"], cell["context"]): cell for cell in cells}
-    rows: list[Figures] = []
-    for model in dict.fromkeys(cell["model"] for cell in cells):
-        for other in ("none", "wrong"):
-            if (model, other) not in found or (model, "own") not in found:
-                continue
-            own, against = found[model, "own"], found[model, other]
-            gained = np.array(own["right"], dtype=float) - np.array(against["right"], dtype=float)
-            count = np.array(own["residues"], dtype=float)
-            draws = _draws(len(count), seed)
-            low, high = (float(x) for x in np.quantile(gained[draws].sum(1) / count[draws].sum(1), [0.025, 0.975]))
-            outcome = "above" if low > 0 else "below" if high < 0 else "undecided against"
-            gain = float(gained.sum() / count.sum())
-            rows.append(
-                {
-                    "model": model,
-                    "against": other,
-                    "gain": gain,
-                    "interval": [low, high],
-                    "text": f"{model}: own context {outcome} {_named(other)} ({gain:+.4f}, {low:+.4f} to {high:+.4f}).",
-                }
-            )
-    return rows
-
-
-def _draws(count: int, seed: int) -> Any:
-    import numpy as np
-
-    from performers.randomness import derive_seed
-
-    generator = np.random.Generator(np.random.Philox(derive_seed(seed, "bootstrap")))
-    return generator.integers(count, size=(_RESAMPLES, count))
-
-
-def _named(context: str) -> str:
-    """A context, for people."""
-    return {"none": "no context", "own": "its own family", "wrong": "a wrong family"}[context]
+    if cell["model"] == BLOSUM62:
+        return score_by_matrix(assay)
+    if cell["model"] == PROFILE:
+        return score_by_profile(assay, cell["context"])
+    with use_threads(threads):
+        return score_by_model(models[cell["model"]], assay, cell["context"], cell["device"])
 
 
 def tables(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     """The report as tables: a title, a header and rows for each."""
     settings = report["settings"]
-    found = [
-        (
-            f"Residues of {report['families']} held-out families, {settings['members'] - 1} relatives as context; "
-            "95 % intervals over families",
-            ["model", "context", "accuracy (more is better)", "perplexity (less is better)"],
+    found: list[tuple[str, list[str], list[list[str]]]] = []
+    if report["accuracy"]:
+        rows = [
             [
-                [
-                    row["model"],
-                    _named(row["context"]),
-                    f"{row['accuracy']:.4f} ({row['interval'][0]:.4f} to {row['interval'][1]:.4f})",
-                    f"{row['perplexity']:.3f}",
-                ]
-                for row in report["accuracy"]
-            ],
-        ),
-        ("Is the family worth reading?", ["verdict"], [[row["text"]] for row in report["verdicts"]]),
-    ]
+                row["model"],
+                named(row["context"]),
+                f"{row['accuracy']:.4f} ({row['interval'][0]:.4f} to {row['interval'][1]:.4f})",
+                f"{row['perplexity']:.3f}",
+            ]
+            for row in report["accuracy"]
+        ]
+        title = f"Residues of {report['families']} held-out families, {settings['members'] - 1} relatives as context"
+        title += "; hidden residues, of causal models all; 95 % intervals over families"
+        found.append((title, ["model", "context", "accuracy (more is better)", "perplexity (less is better)"], rows))
+        found.append(("Is the family worth reading?", ["verdict"], [[row["text"]] for row in report["verdicts"]]))
     if report["assays"]:
         rows = [
-            [row["model"], _named(row["context"]), f"{row['spearman']:.3f}", f"{row['variants']:,}"]
-            for row in report["assays"]
+            [row["model"], named(row["context"]), _correlation(row), f"{row['variants']:,}"] for row in report["assays"]
         ]
-        found.append((f"Variants of {settings['wild_type']}", ["model", "context", "Spearman", "variants"], rows))
+        title = (
+            f"Variants of {settings['wild_type']}, {report['relatives']} relatives as context, or as many proteins of "
+        )
+        title += "other families; 95 % intervals over variants"
+        found.append((title, ["model", "context", "Spearman (more is better)", "variants"], rows))
+        texts = [[row["text"]] for row in report["assay_verdicts"]]
+        found.append(("Is it worth reading before variants are scored?", ["verdict"], texts))
     return found
+
+
+def _correlation(row: dict[str, Any]) -> str:
+    if row["interval"] is None:
+        return "none, the scores are all equal"
+    return f"{row['spearman']:.3f} ({row['interval'][0]:.3f} to {row['interval'][1]:.3f})"

@@ -138,9 +138,7 @@ def measure_interactions(
             result=_result,
         )
         model = bench.card
-        experiment.notes.append(
-            f"The joint model is {model['verdict']}, by the test part of the pairs it learned from."
-        )
+        experiment.notes.append(f"On pairs held out of its training table the joint model is {model['verdict']}.")
         experiment.notes += _verdicts(experiment.results)
         return experiment.report(draw, training=model)
 
@@ -385,7 +383,8 @@ def tables(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
             continue
         title = (
             f"{cell['test'][0]}: {cell['pairs']:,} pairs of {cell['proteins']:,} proteins, {cell['base_rate']:.1%} interact; "
-            f"how often its proteins are named alone: AUROC {cell['auroc_of_rows']:.3f}; 95 % intervals, resampling proteins"
+            f"how often its proteins are named alone: AUROC {cell['auroc_of_rows']:.3f}; calibration gap of the joint model "
+            f"{cell['calibration']['error']:.3f}; 95 % intervals, resampling proteins"
         )
         header = ["system", "AUROC", "AUPR", "accuracy", "AUPR per protein", "AUROC of joint minus this"]
         found.append((title, header, [_row(name, system) for name, system in cell["systems"].items()]))
@@ -396,15 +395,11 @@ def tables(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
 
 
 def _row(name: str, system: Mapping[str, Any]) -> list[str]:
+    from performers.tools.interactions.figures import ahead, with_interval
+
     own = system["aupr_per_protein"]
     per_protein = "" if own is None else f"{own['aupr']:.3f} (base {own['base_rate']:.3f})"
-    ahead = "" if "behind" not in system else "{:+.3f} to {:+.3f}".format(*system["behind"])
-    return [name, *(_with_interval(system, key) for key in ("auroc", "aupr", "accuracy")), per_protein, ahead]
-
-
-def _with_interval(system: Mapping[str, Any], key: str) -> str:
-    low, high = (float("nan") if x is None else x for x in system[f"{key}_interval"])
-    return f"{system[key]:.3f} ({low:.3f} to {high:.3f})"
+    return [name, *(with_interval(system, key) for key in ("auroc", "aupr", "accuracy")), per_protein, ahead(system)]
 
 
 def draw(report: dict[str, Any], folder: Path) -> list[Path]:
@@ -422,8 +417,8 @@ def draw(report: dict[str, Any], folder: Path) -> list[Path]:
         names = list(cell["systems"])[::-1]
         for place, name in enumerate(names):
             system = cell["systems"][name]
-            low, high = system["auroc_interval"]
-            axes.plot([low, high], [place, place], color="#9aa5b1")
+            if system["auroc_interval"] is not None:
+                axes.plot(system["auroc_interval"], [place, place], color="#9aa5b1")
             axes.plot(system["auroc"], place, "o", color="#c2410c" if name == JOINT else "#1f4e79")
         axes.axvline(0.5, color="black", linestyle=":", linewidth=1)
         axes.set_yticks(range(len(names)), names)

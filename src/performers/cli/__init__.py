@@ -31,7 +31,7 @@ from performers.cli import (  # noqa: F401
     tools,
 )
 from performers.cli.application import app
-from performers.errors import InputError, PerformersError
+from performers.errors import InputError, PerformersError, UnsupportedError
 
 __all__ = ["app", "main"]
 
@@ -44,7 +44,7 @@ def main() -> NoReturn:
     except PerformersError as error:
         if "--debug" in sys.argv:
             raise
-        _fail(str(error), 2 if isinstance(error, InputError) else 1)
+        _fail(str(error), 2 if isinstance(error, InputError | UnsupportedError) else 1)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
     except BrokenPipeError:

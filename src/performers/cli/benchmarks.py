@@ -750,7 +750,9 @@ def benchmark_family(
     members: Annotated[
         int | None, typer.Option(min=2, help="Of each family; one less is a context.", show_default="8")
     ] = None,
-    targets: Annotated[int | None, typer.Option(min=1, help="Members that are predicted.", show_default="2")] = None,
+    targets: Annotated[
+        int | None, typer.Option(min=0, help="Members that are predicted; 0: the assay alone.", show_default="2")
+    ] = None,
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Residues; others are left out.", show_default="500")
     ] = None,

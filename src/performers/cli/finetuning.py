@@ -32,6 +32,7 @@ def finetune(
         str | None, typer.Option(help="A YAML file with any of the keys below; options override it.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with the run that the output folder holds.")] = True,
+    dry_run: DryRun = False,
     as_json: Json = False,
     **given: Any,
 ) -> None:
@@ -47,12 +48,13 @@ def finetune(
 
     from performers.tools.finetuning import finetune_with
 
-    result = finetune_with(settings, resume=resume)
+    result = finetune_with(settings, resume=resume, dry_run=dry_run)
     if as_json:
-        print(json.dumps({"output": str(result.output), **result.figures}))
+        estimate = {"estimate": result.estimate} if result.estimate else {}
+        print(json.dumps({"output": str(result.output), **result.figures, **estimate}))
         return
     if not result.figures:
-        return  # a process that only joined
+        return  # a dry run, or a process that only joined
 
     from performers.tools.finetuned import coverage_in_words, rows_of
 

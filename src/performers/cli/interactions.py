@@ -20,7 +20,7 @@ from performers.cli.application import (
     options_of,
     table,
 )
-from performers.cli.tools import DryRun, Restart, ToksPerBatch, finish
+from performers.cli.tools import DryRun, Restart, ToksPerBatch
 from performers.errors import InputError
 from performers.tools.interactions.training import InteractConfig
 from performers.training.configuration import read_config
@@ -75,7 +75,9 @@ def train(
 @interact.command("predict")
 def predict(
     input: Inputs,
-    output: Annotated[str, typer.Option("--output", "-o", help="A folder, or a .tsv file.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="A folder, or a .tsv file (without matrices of groups).")
+    ],
     pairs: Annotated[
         str | None, typer.Option(help="TSV of two identifiers and, to be measured, a label; .gz too.")
     ] = None,
@@ -128,26 +130,35 @@ def predict(
         )
     if outcome.done and not as_json:
         for number, name, reason in outcome.failed[:5]:
-            print(f"Row {number:,} ({name}): {reason}.", file=sys.stderr)
+            print(f"Number {number:,} ({name}): {reason}.", file=sys.stderr)
         figures = outcome.figures
         print(f"{figures['positives']:,} of {figures['pairs']:,} pairs have a probability of {thresh:g} or more.")
         if "measured" in figures:
             _print_measured(figures["measured"])
-    finish(outcome, as_json)
+        what = "pairs" if groups is None else "groups"
+        print(f"{outcome.output}: {figures['scored']:,} of {figures['asked']:,} {what} have a score.")
+    if as_json:
+        print(json.dumps(outcome.to_dict()))
+    if outcome.failed:
+        raise typer.Exit(3)
 
 
 def _print_measured(figures: dict[str, Any]) -> None:
+    from performers.tools.interactions.figures import with_interval
+
     print(
         f"{figures['pairs']:,} pairs with labels of {figures['proteins']:,} proteins, {figures['base_rate']:.1%} interact; 95 % "
         "intervals, resampling proteins"
     )
     table(
         ["AUROC", "AUPR (by chance the share above)", "calibration gap"],
-        [[_with_interval(figures, "auroc"), _with_interval(figures, "aupr"), f"{figures['calibration']['error']:.3f}"]],
+        [[with_interval(figures, "auroc"), with_interval(figures, "aupr"), f"{figures['calibration']['error']:.3f}"]],
     )
 
 
 def _print_systems(figures: dict[str, Any]) -> None:
+    from performers.tools.interactions.figures import ahead, with_interval
+
     print(
         f"{figures['pairs']:,} pairs of {figures['proteins']:,} proteins held out, {figures['base_rate']:.1%} interact; 95 % "
         "intervals, resampling proteins"
@@ -157,14 +168,10 @@ def _print_systems(figures: dict[str, Any]) -> None:
         [
             [
                 name,
-                _with_interval(system, "auroc"),
-                _with_interval(system, "aupr"),
-                "" if "behind" not in system else "{:+.3f} to {:+.3f}".format(*system["behind"]),
+                with_interval(system, "auroc"),
+                with_interval(system, "aupr"),
+                ahead(system),
             ]
             for name, system in figures["systems"].items()
         ],
     )
-
-
-def _with_interval(figures: dict[str, Any], key: str) -> str:
-    return "{:.3f} ({:.3f} to {:.3f})".format(figures[key], *figures[f"{key}_interval"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -99,6 +100,9 @@ def embed(
     Example: performers embed -i proteins.fasta -o embeddings.h5 --model run/model --include mean,per_tok
     """
     # "--include mean per_tok", as fair-esm takes it: what follows the first word arrives as arguments.
+    for word in more or ():
+        if Path(word).suffix or Path(word).name != word:
+            raise InputError(f"{word} stands alone: expected -i before every file, as in -i {input[-1]} -i {word}.")
     kinds = listed(",".join([include, *(word for word in more or () if not _is_number(word))]))
     layer_numbers = numbers("--layers", ",".join([layers, *(word for word in more or () if _is_number(word))]))
 
@@ -170,9 +174,15 @@ def score(
         ),
     ] = None,
     check_stripes: Annotated[
-        int, typer.Option(min=0, help="Positions to mask alone as well, to measure how well stripes agree.")
+        int,
+        typer.Option(
+            min=0, help="Positions to mask alone as well, to measure how well stripes agree by masked-marginals."
+        ),
     ] = 0,
-    heat_map: Annotated[bool, typer.Option(help="Draw the single substitutions as a PNG.")] = True,
+    heat_map: Annotated[
+        bool,
+        typer.Option(help="Draw the single substitutions as a PNG, where the strategy or --saturate scores them all."),
+    ] = True,
     toks_per_batch: ToksPerBatch = 16_384,
     max_length: MaxLength = 10_000_000,
     on_invalid: OnInvalid = "error",
@@ -233,21 +243,27 @@ def _print_scores(figures: dict[str, Any]) -> None:
     if "agreement" in figures:
         rows = [(name, row) for name, rows in figures["agreement"].items() for row in rows]
         table(
-            ["measurements", "mutations", "variants", "Spearman", "95 %", "BLOSUM62", "AUC", "NDCG@10%"],
+            ["measurements", "mutations", "variants", "Spearman", "BLOSUM62", "minus wild type's", "AUC", "NDCG@10%"],
             [
                 [
                     name,
                     row["mutations"],
                     f"{row['variants']:,}",
-                    _figure(row["spearman"]),
-                    "" if row["interval"] is None else " to ".join(map(_figure, row["interval"])),
-                    *(_figure(row[key]) for key in ("baseline", "auc", "ndcg")),
+                    _correlation(row),
+                    *map(_correlation, row["baselines"].values()),
+                    *(_figure(row[key]) for key in ("auc", "ndcg")),
                 ]
                 for name, row in rows
             ],
         )
     if "stripes_agreement" in figures:
         print(f"Spearman of stripes with single masks: {figures['stripes_agreement']['spearman']:.4f}")
+
+
+def _correlation(found: dict[str, Any]) -> str:
+    """With its 95 % interval, where there is one."""
+    interval = "" if found["interval"] is None else f" ({' to '.join(map(_figure, found['interval']))})"
+    return _figure(found["spearman"]) + interval
 
 
 def _figure(value: float | None) -> str:

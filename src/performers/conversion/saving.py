@@ -24,8 +24,8 @@ from performers.folders import fsync, room_for, temporary_name, write_file
 TENSORS = "performers.safetensors"
 # Of a tokenizer, mostly; weights and code are not among them.
 _COMPANIONS = (".json", ".txt", ".model", ".jinja")
-# What says how the folder they are in was made.
-_NOT_COPIED = ("run.json", "manifest.json", "calibration.json")
+# What says how the folder they are in was made, or was measured or fitted on its very weights.
+_NOT_COPIED = ("run.json", "manifest.json", "calibration.json", "evaluation.json", "contact-regression.json")
 _TITLE = "# A Transformer with linear attention"
 
 # Of each layer the entries of its mechanism's state_dict.

@@ -91,6 +91,8 @@ class FastaReport:
         duplicates: records whose identifier an earlier record has already; they are kept.
         duplicate_ids: the first ten such identifiers.
         inputs: the files, each when it has been read to its end.
+        left_out: number, identifier and reason of each record that was left out, where the reader lists them
+            (`performers.tools.proteins` does); not part of `to_dict`.
     """
 
     records: int = 0
@@ -101,6 +103,7 @@ class FastaReport:
     duplicates: int = 0
     duplicate_ids: list[str] = field(default_factory=list[str])
     inputs: list[InputFile] = field(default_factory=list[InputFile])
+    left_out: list[tuple[int, str, str]] = field(default_factory=list[tuple[int, str, str]], init=False, compare=False)
     _seen: _SeenIds = field(default_factory=lambda: _SeenIds(), init=False, repr=False, compare=False)
 
     def remember(self, ids: Iterable[str]) -> list[str]:

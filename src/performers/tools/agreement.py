@@ -1,12 +1,13 @@
 """How well scores agree with measurements: rank correlation, area under the ROC curve and NDCG, by number of mutations.
 
-Beside the rank correlation stands its interval, and that of a baseline which has read nothing but a substitution matrix.
+Beside the rank correlation of the scores stand those of baselines, such as a substitution matrix, each with its interval.
 
 Arrays in, figures out. Ties are given their mean rank, as everywhere in statistics.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,7 @@ def agreement(
     measured: _Floats,
     is_positive: npt.NDArray[np.bool_],
     mutations: npt.NDArray[np.int64],
-    baseline: _Floats | None = None,
+    baselines: Mapping[str, _Floats] | None = None,
 ) -> list[dict[str, Any]]:
     """The figures of all variants, and of those with one, two, ... mutations.
 
@@ -75,11 +76,11 @@ def agreement(
         scores, measured: (N,) numbers; more is better in both.
         is_positive: (N,) whether a measurement counts as good, for the area under the curve.
         mutations: (N,) how many residues differ.
-        baseline: (N,) other scores of the same variants, nan where there is none.
+        baselines: by name (N,) other scores of the same variants, nan where there is none.
 
     Returns:
-        For each number of mutations that occurs: "mutations", "variants", "spearman", its "interval", "baseline" (the correlation
-        of the other scores, None unless all variants of the row have one), "auc" and "ndcg".
+        For each number of mutations that occurs: "mutations", "variants", "spearman", its "interval", "auc", "ndcg", and under
+        "baselines" by name the "spearman" and "interval" of the other scores, both None unless all variants of the row have one.
     """
     groups: list[tuple[str, npt.NDArray[np.bool_]]] = [("all", np.ones(len(scores), dtype=np.bool_))]
     for count in range(1, MOST_MUTATIONS):
@@ -89,17 +90,21 @@ def agreement(
     for name, chosen in groups:
         if not chosen.any():
             continue
-        correlation = spearman(scores[chosen], measured[chosen])
-        others = None if baseline is None or np.isnan(baseline[chosen]).any() else baseline[chosen]
         rows.append(
             {
                 "mutations": name,
                 "variants": int(chosen.sum()),
-                "spearman": correlation,
-                "interval": spearman_interval(correlation, int(chosen.sum())),
-                "baseline": None if others is None else spearman(others, measured[chosen]),
+                **_correlation(scores[chosen], measured[chosen]),
+                "baselines": {
+                    name: _correlation(others[chosen], measured[chosen]) for name, others in (baselines or {}).items()
+                },
                 "auc": auc(scores[chosen], is_positive[chosen]),
                 "ndcg": ndcg(scores[chosen], measured[chosen]),
             }
         )
     return rows
+
+
+def _correlation(scores: _Floats, measured: _Floats) -> dict[str, Any]:
+    correlation = None if np.isnan(scores).any() else spearman(scores, measured)
+    return {"spearman": correlation, "interval": spearman_interval(correlation, len(scores))}

@@ -1,56 +1,129 @@
 """What stands beside a tool's output: the record of the run that made it, the methods text, the list of what failed.
 
 `run.json` and `cite.bibtex` are written by `performers.training.runs.RunRecord`; here is where they go, what is written next to
-them, and how a later run of the same command finds that there is nothing left to do. Nothing here knows what an output holds.
+them, and how a later run of the same command finds that there is nothing left to do. A file that was there before is never
+replaced: what a run puts beside its output is noted in the folder of its unfinished work, and in its record when it is done.
+Nothing here knows what an output holds.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from performers.errors import OutputError
-from performers.folders import write_file, writing
-from performers.tools.work import describe_sources
+from performers.folders import building_folder, write_file, writing
+from performers.tools.work import BESIDE, describe_sources
+
+_RECORD = ("run.json", "cite.bibtex", "methods.txt", "failed.tsv")
 
 
 def record_folder(output: Path, *, makes_folder: bool = False) -> Path:
-    """Where the record of an output goes: into it or beside it, but never over the record of something else."""
+    """Where the record of an output goes: into it or beside it, but never over what something or somebody else wrote.
+
+    Raises:
+        OutputError: there is no place for it, neither beside the output nor in `NAME.record`.
+    """
     if makes_folder:
         return output
+    places = _places(output)
+    noted = noted_beside(output)
+
+    def is_free(place: Path) -> bool:
+        taken = [name for name in _RECORD if (place / name).exists()]
+        return "run.json" not in taken and noted.issuperset(_noted_as(output, place, taken))
+
+    ours = [place for place in places if _results_in(place, output) is not None]
+    place = next(iter([*ours, *filter(is_free, places)]), None)
+    if place is None:
+        raise OutputError(f"{places[-1]} holds what is no record of {output}; move it, or choose another output.")
+    note_beside(output, _noted_as(output, place, _RECORD))
+    return place
+
+
+def _places(output: Path) -> tuple[Path, Path]:
+    """The folders that may hold an output's record, the preferred one first."""
     beside = output.absolute().parent
+    return beside, beside / f"{output.name}.record"
+
+
+def _results_in(folder: Path, output: Path) -> dict[str, Any] | None:
+    """The results in the record in a folder, if it is of this output."""
     try:
-        content = json.loads((beside / "run.json").read_text(encoding="utf-8"))
-        mine = Path(content["results"]["output"]).name == output.name
-    except FileNotFoundError:
-        mine = True
+        results = json.loads((folder / "run.json").read_text(encoding="utf-8"))["results"]
+        return results if Path(results["output"]).name == output.name else None
     except (OSError, ValueError, KeyError, TypeError):
-        mine = False
-    if not mine:
-        beside = beside / f"{output.name}.record"
-    with writing(beside):
-        beside.mkdir(parents=True, exist_ok=True)
-    return beside
+        return None
 
 
-def write_beside(folder: Path, methods: str, failed: Sequence[tuple[int, str, str]], total: str) -> None:
-    """Write what stands beside the record of an output.
+def _noted_as(output: Path, folder: Path, names: Iterable[str]) -> set[str]:
+    """Names in a folder, as they are seen from beside the output."""
+    return {(folder / name).relative_to(output.absolute().parent).as_posix() for name in names}
+
+
+def noted_beside(output: Path) -> set[str]:
+    """The names that unfinished work has, or was about to have, beside its output."""
+    try:
+        return set(json.loads((building_folder(output) / BESIDE).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return set()
+
+
+def note_beside(output: Path, names: Iterable[str]) -> None:
+    """Note names before files get them, so that a run that goes on after a kill knows them as its own."""
+    folder, known, new = building_folder(output), noted_beside(output), set(names)
+    if folder.is_dir() and not known.issuperset(new):
+        write_file(folder / BESIDE, json.dumps(sorted(known | new)))
+
+
+def files_beside(output: Path) -> list[str]:
+    """The names of the files beside an output that it came with, besides its record."""
+    names = noted_beside(output)
+    for place in _places(output):
+        names.update((_results_in(place, output) or {}).get("files", []))
+    names.difference_update({output.name, *_RECORD})
+    return sorted(name for name in names if "/" not in name and output.with_name(name).is_file())
+
+
+def check_beside(output: Path, names: Iterable[str]) -> None:
+    """Refuse to replace files that did not come with this output.
 
     Arguments:
-        folder: where the record is.
+        output: the file or folder that is to be.
+        names: of the files that are to stand beside it.
+
+    Raises:
+        OutputError: one of them is there already, and no earlier run that made the output wrote it.
+    """
+    for name in sorted(set(names).difference(files_beside(output))):
+        path = output.with_name(name)
+        if path.exists():
+            raise OutputError(
+                f"{path} is there already, and was not made with {output}: it would be replaced; move it, or choose another "
+                "output."
+            )
+
+
+def write_beside(folder: Path, methods: str, failed: Sequence[tuple[int, str, str]], tally: str) -> None:
+    """Write what stands beside the record of an output; to be called before the record is written.
+
+    Arguments:
+        folder: where the record goes; made if it is not there.
         methods: what was done, fit for a methods section.
         failed: number, identifier and reason of each item that failed; says so if there are any.
-        total: of how many, as in "12 proteins".
+        tally: how many that are, as in "2 of 12 proteins failed".
     """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "methods.txt", methods + "\n")
     path = folder / "failed.tsv"
     if failed:
         rows = [f"{number}\t{_in_a_cell(name)}\t{_in_a_cell(reason)}\n" for number, name, reason in failed]
         write_file(path, "number\tid\treason\n" + "".join(rows))
-        say(f"{len(failed):,} of {total} failed; {path} says why.")
+        say(f"{tally}; {path} says why.")
     else:
         path.unlink(missing_ok=True)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 
 from performers.data import STANDARD_RESIDUES
+from performers.tools.variants import Substitution
 
 # Henikoff and Henikoff (1992), in half bits, as NCBI distributes it; the lower triangle in the order of `_ORDER`.
 _ORDER = "ARNDCQEGHILKMFPSTWYV"
@@ -41,3 +45,25 @@ def blosum62() -> npt.NDArray[np.float64]:
     whole = lower + np.tril(lower, -1).T
     order = [_ORDER.index(letter) for letter in STANDARD_RESIDUES]
     return whole[np.ix_(order, order)]
+
+
+def in_blosum62(substitutions: Iterable[Substitution]) -> tuple[float, float] | None:
+    """What the matrix says of some substitutions; None where a residue is not one of the 20.
+
+    Returns:
+        The sum of B[old, new], and that of B[old, new] - B[old, old]: what a substitution scores, and what it loses against no
+        substitution at all, which is more where the old residue is a rare one.
+    """
+    total = change = 0.0
+    for _, old, new in substitutions:
+        row, column = STANDARD_RESIDUES.find(old), STANDARD_RESIDUES.find(new)
+        if row < 0 or column < 0:
+            return None
+        total += float(_matrix()[row, column])
+        change += float(_matrix()[row, column] - _matrix()[row, row])
+    return total, change
+
+
+@functools.cache
+def _matrix() -> npt.NDArray[np.float64]:
+    return blosum62()

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from performers.data import FastaReport
-from performers.errors import RunError, UnsupportedError
+from performers.errors import InputError, RunError, UnsupportedError
 from performers.tools.contact_mapper import ContactMapper, Method
 from performers.tools.contact_regression import FILE_NAME, Regression, fit_regression, regression_of
 from performers.tools.engine import EngineName, choose_engine, use_own_gpu
@@ -28,6 +28,8 @@ from performers.tools.language_model import LanguageModel
 from performers.tools.pairs import Geometry
 from performers.tools.proteins import Proteins
 from performers.tools.tool import Outcome, all_results_of
+
+_ENDINGS_OF_FILES = (".tsv", ".csv", ".txt", ".json", ".png", ".h5", ".npz", ".parquet", ".html", ".fasta", ".pdb")
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,8 @@ def contacts_to(
     Raises:
         InputError, RunError: as in `contacts` and `run_tool`.
     """
+    if Path(output).suffix.lower() in _ENDINGS_OF_FILES:
+        raise InputError(f"{output}: contacts go into a folder, with a table for each record; expected its name.")
     chosen_engine = choose_engine(engine, workers)
     use_own_gpu()
     opened = LanguageModel.open(model, device=device, dtype=dtype)

@@ -40,6 +40,7 @@ _ABOUT = "about"  # one entry, as safetensors writes several in any order, and e
 PROTEINS_AT_ONCE = 32  # each has a state of its own until they are summed
 _FAVOR = ("numerator", "denominator", "log_scale")
 _PARTS = ("first", "second")
+_ROUNDING = 0.01  # of a head's largest denominator: bfloat16 has two to three digits
 
 Chain: TypeAlias = tuple[int, str, str]
 
@@ -77,15 +78,20 @@ class ContextState:
     def __sub__(self, other: ContextState) -> ContextState:
         """The state without the proteins of another, which have to be in it.
 
+        A state does not know its proteins, so not every one that is no part of it can be told.
+
         Raises:
-            InputError: the other has more proteins or residues than this one, or as many, so that nothing would be left.
+            InputError: the other is no part of this one: it has as many proteins or residues or more, so that nothing would be
+                left, a longer protein, or left more behind.
         """
         self._check_model(other)
-        if other.proteins >= self.proteins or other.residues >= self.residues:
-            raise InputError(
-                f"A state of {other.proteins:,} proteins ({other.residues:,} residues) cannot be taken out of one of "
-                f"{self.proteins:,} ({self.residues:,} residues): expected a part of it."
+        no_room = other.proteins >= self.proteins or other.residues >= self.residues or other.longest > self.longest
+        if no_room or _is_more(other.context, self.context):
+            one, whole = (
+                f"(proteins: {state.proteins:,}, residues: {state.residues:,}, in the longest: {state.longest:,})"
+                for state in (other, self)
             )
+            raise InputError(f"The state to take out {one} is no part of the other one {whole}, or all of it.")
         return replace(
             self,
             context=self.context.joined(other.context).mixed(torch.tensor([[1.0, -1.0]])),
@@ -147,7 +153,10 @@ class ContextState:
         temporary = temporary_name(path)
         try:
             with room_for(path, sum(tensor.nbytes for tensor in tensors.values())):
+                temporary.touch()
+                mode = temporary.stat().st_mode
                 save_file(tensors, temporary, {_ABOUT: json.dumps(about)})
+                temporary.chmod(mode)  # safetensors writes files that nobody else may read
                 fsync(temporary)
                 temporary.replace(path)
                 fsync(path.absolute().parent)
@@ -339,6 +348,24 @@ def _check_fixed_size(model: LanguageModel) -> None:
             f"{model.folder}: a state of fixed size needs favor attention in some layer, and none that keeps every key, such "
             "as exact."
         )
+
+
+def _is_more(part: PerformerContext, whole: PerformerContext) -> bool:
+    """Whether some denominator of a part is larger than the whole's, beyond rounding, so that it is no part.
+
+    Denominators are sums of features of keys. Where a kernel's features have both signs, as some denominator then shows, they say
+    nothing.
+    """
+    sum_and_rest = whole.joined(part).mixed(torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
+    for state in sum_and_rest.states:
+        for name, (total, rest) in _named(state, "").items():
+            if not name.endswith(_FAVOR[1]):
+                continue
+            rounding = _ROUNDING * total.abs().amax(-1, keepdim=True)
+            has_signs = ((total - rest.abs()) / 2 < -rounding).any()  # the smaller of the two
+            if not has_signs and (rest < -rounding).any():
+                return True
+    return False
 
 
 def _named(state: Any, prefix: str) -> dict[str, Tensor]:

@@ -212,7 +212,8 @@ def _write_parquet(
         return kind if len(layers) == 1 else f"{kind}_layer_{layer}"
 
     columns = [(kind, place, name(kind, layer)) for kind in include for place, layer in enumerate(layers)]
-    types = {"per_tok": pyarrow.list_(pyarrow.float16())}
+    # Large lists: the vectors of one long protein's residues are more numbers than 32-bit offsets can count.
+    types = {"per_tok": pyarrow.large_list(pyarrow.float16())}
     schema = pyarrow.schema(
         [
             ("id", pyarrow.string()),
@@ -230,8 +231,11 @@ def _write_parquet(
             for kind, place, column in columns:
                 flat = [arrays[kind][place].reshape(-1) for _, arrays in batch]
                 offsets = np.concatenate(([0], np.cumsum([len(array) for array in flat])))
-                values[column] = pyarrow.ListArray.from_arrays(
-                    pyarrow.array(offsets, pyarrow.int32()), pyarrow.array(np.concatenate(flat))
+                numbers = pyarrow.array(np.concatenate(flat))
+                values[column] = (
+                    pyarrow.LargeListArray.from_arrays(pyarrow.array(offsets, pyarrow.int64()), numbers)
+                    if kind in types
+                    else pyarrow.ListArray.from_arrays(pyarrow.array(offsets, pyarrow.int32()), numbers)
                 )
             writer.write_table(pyarrow.table(values, schema=schema))
 

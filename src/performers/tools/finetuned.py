@@ -9,6 +9,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +23,9 @@ from performers.folders import write_file
 from performers.tools.assessment import HEADLINE, Predictions, assess, difference
 from performers.tools.baselines import baselines
 from performers.tools.conformal import label_sets
-from performers.tools.finetuning import RUN, FinetuneConfig, publish_model
+from performers.tools.finetuning import RUN, FinetuneConfig
 from performers.tools.heads import CONVERSION, HeadedModel
-from performers.tools.labelled import SETS, LabelledProteins
+from performers.tools.labelled import SETS, LabelledProteins, remark_on_split
 from performers.tools.language_model import LanguageModel, Unread
 from performers.tools.prediction import cells, columns
 from performers.training.run_folder import RunResult
@@ -83,7 +85,7 @@ def finish(
             "test": _rows(proteins, test, systems, config.seed),
             "coverage": _coverage(model, proteins, test, predicted),
         }
-        publish_model(result, folder)
+        _publish(result, folder)
         figures = json.loads(json.dumps(figures))  # as the next session of a finished run reads them
         write_file(folder / "test.csv", _table(model, proteins, test, predicted))
         _draw(proteins, test, predicted, folder / "test.png")
@@ -255,6 +257,7 @@ def _readme(model: HeadedModel, figures: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
     kind = "PerformerFor" if model.family == "performer" else "the class in `config.json`, a ...For"
     ends = "TokenClassification" if figures["task"] == "residue" else "SequenceClassification"
+    remark = remark_on_split(figures["split"])
     converted = f" ({CONVERSION} says more of its attention)" if CONVERSION in model.files else ""
     labels = f"The labels are {', '.join(figures['labels'])}.\n" if figures["labels"] else ""
     sets = ", ".join(f"{count:,} {name}" for name, count in figures["sets"].items())
@@ -262,7 +265,13 @@ def _readme(model: HeadedModel, figures: dict[str, Any]) -> str:
 # {figures["target"]}: {figures["task"]}
 
 A protein language model, {figures["model"]}, finetuned with performers {__version__} on {sets} proteins (split by
-{figures["split"]["by"]}; the weights are those of step {figures["best_step"]:,}). {labels}
+{figures["split"]["by"]}; the weights are those of step {figures["best_step"]:,}). {labels}{
+        f'''
+{remark}
+'''
+        if remark
+        else ""
+    }
 On the test proteins, of which nothing was learned:
 
 {chr(10).join(lines)}
@@ -285,7 +294,10 @@ In Python `performers.load("THIS_FOLDER")` opens it as {kind}{ends}{converted}; 
 def _methods(config: FinetuneConfig, model: HeadedModel, figures: dict[str, Any]) -> str:
     what = "low-rank adapters (LoRA)" if config.lora else "a new head alone" if config.frozen else "all weights"
     sets = figures["sets"]
-    by = {"identity": f"clusters of {config.identity:.0%} sequence identity (MMseqs2)", "random": "chance"}
+    by = {
+        "identity": f"clusters of {config.identity:.0%} sequence identity (MMseqs2)",
+        "random": "chance, relatives not held apart",
+    }
     return (
         f"The protein language model {figures['model']} ({model.num_parameters:,} parameters) was finetuned with performers "
         f"{__version__} ({what}; AdamW) to predict {figures['target']} ({figures['task']}) from {sets['train']:,} proteins, with "
@@ -293,3 +305,11 @@ def _methods(config: FinetuneConfig, model: HeadedModel, figures: dict[str, Any]
         f"Proteins were split by {by.get(figures['split']['by'], figures['split']['by'])}, and figures are those of "
         f"{sets['test']:,} test proteins, with 95 % bootstrap intervals over proteins."
     )
+
+
+def _publish(result: RunResult, folder: Path) -> None:
+    """Moves the model of a finished run up into the output folder, its configuration last: where that is, all is."""
+    if result.model.is_dir():
+        for file in sorted(result.model.iterdir(), key=lambda file: file.name == "config.json"):
+            os.replace(file, folder / file.name)
+        shutil.rmtree(result.model)

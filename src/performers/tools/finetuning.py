@@ -12,10 +12,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -23,10 +22,17 @@ from pydantic import BaseModel, Field, model_validator
 
 from performers.errors import CheckpointError, InputError, MissingExtraError, OutputError
 from performers.folders import write_file
-from performers.tools.labelled import SETS, LabelledProteins, read_labelled, split_labelled, write_labelled
+from performers.tools.labelled import (
+    SETS,
+    LabelledProteins,
+    read_labelled,
+    remark_on_split,
+    split_labelled,
+    write_labelled,
+)
 from performers.tools.tables import read_table
 from performers.training.configuration import RUN_CONFIG, Number, TrainConfig, read_config
-from performers.training.run_folder import RunResult, run_task
+from performers.training.run_folder import list_checkpoints, load_progress, run_task
 from performers.training.runs import describe_file
 from performers.training.task import Figures, Task
 
@@ -40,6 +46,7 @@ RUN = "training"
 _PASSES, _FEWEST_STEPS, _MOST_STEPS = 20, 50, 500
 _PROTEINS = "proteins.csv"
 _ORIGIN = "origin.json"
+NEEDS_LESS = "A smaller --toks-per-batch or --micro-batch-size needs less, and so do --lora and --frozen."
 
 
 class _Finetuning(BaseModel):
@@ -125,15 +132,25 @@ class FinetuneResult:
 
     Attributes:
         output: the model folder, which `performers.load` and `predict` open.
-        figures: those of `figures.json`: "test", a row for each system; "sets"; "split"; "coverage" of the intervals.
+        figures: those of `figures.json`: "test", a row for each system; "sets"; "split"; "coverage" of the intervals. Empty
+            after a dry run.
+        estimate: after a dry run what the work would take: seconds and bytes, among others.
     """
 
     output: Path
     figures: dict[str, Any]
+    estimate: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 def finetune(
-    data: str | Path, target: str, task: str, output: str | Path, *, resume: bool = True, **settings: Any
+    data: str | Path,
+    target: str,
+    task: str,
+    output: str | Path,
+    *,
+    resume: bool = True,
+    dry_run: bool = False,
+    **settings: Any,
 ) -> FinetuneResult:
     """Trains a model to predict a column of a table, or goes on with the run that the output folder holds.
 
@@ -148,6 +165,7 @@ def finetune(
         task: "regression", "classification" or "residue".
         output: the folder of the finished model.
         resume: False refuses an output folder that holds a run.
+        dry_run: say what the work would take, and do none of it.
         settings: further keys of `FinetuneConfig`, as in model="run", frozen=True.
 
     Raises:
@@ -156,7 +174,7 @@ def finetune(
         NonFiniteError, DiskFullError, KeyboardInterrupt, SystemExit: as `performers.pretrain`.
     """
     given = {"input": str(data), "target": target, "task": task, "output": str(output), **settings}
-    return finetune_with(config_for(given), resume=resume)
+    return finetune_with(config_for(given), resume=resume, dry_run=dry_run)
 
 
 def config_for(given: Mapping[str, Any]) -> FinetuneConfig:
@@ -174,7 +192,7 @@ def config_for(given: Mapping[str, Any]) -> FinetuneConfig:
     return FinetuneConfig.for_run(values)
 
 
-def finetune_with(config: FinetuneConfig, *, resume: bool = True) -> FinetuneResult:
+def finetune_with(config: FinetuneConfig, *, resume: bool = True, dry_run: bool = False) -> FinetuneResult:
     """`finetune`, given all settings.
 
     Raises:
@@ -186,6 +204,8 @@ def finetune_with(config: FinetuneConfig, *, resume: bool = True) -> FinetuneRes
             print(f"{config.folder} is complete; a new folder begins anew.", file=sys.stderr)
         return done
     task = Finetuning(config)
+    if dry_run:
+        return FinetuneResult(config.folder, {}, task.plan() if is_main else {})
     result = run_task(task, resume=resume)
     if not is_main:
         return FinetuneResult(config.folder, {})
@@ -200,15 +220,13 @@ class Finetuning(Task[FinetuneConfig]):
 
     command: ClassVar[str] = "finetune"
     elsewhere: ClassVar[str] = "another --output"
-    needs_less: ClassVar[str] = (
-        "A smaller --toks-per-batch or --micro-batch-size needs less, and so do --lora and --frozen."
-    )
+    needs_less: ClassVar[str] = NEEDS_LESS
 
     proteins: LabelledProteins
     origin: dict[str, Any]
 
     def check(self, *, begun: bool) -> None:
-        """Refuses a missing package, a folder that is in use, and a table or a model that is not in order."""
+        """Refuses a missing package, a folder that is in use, and a table or a model that is not in order; says the plan."""
         config = self.config
         if config.lora and importlib.util.find_spec("peft") is None:
             raise MissingExtraError("peft", "peft", "--lora")
@@ -218,8 +236,31 @@ class Finetuning(Task[FinetuneConfig]):
             folder = config.folder
             if folder.exists() and not (folder.is_dir() and {file.name for file in folder.iterdir()} <= {RUN}):
                 raise OutputError(f"{folder} is already in use; expected a new or empty folder.")
+        if not list_checkpoints(Path(config.output)):
+            from performers.tools.finetuning_estimate import announce
+
             self._read = self._table()
             self._reader = self._language_model(self._read)
+            self._planned = announce(self.config, self._reader, self._read)
+
+    def plan(self) -> dict[str, Any]:
+        """Says what there is to do, checks what can be checked, and writes nothing.
+
+        Returns:
+            What `performers.tools.finetuning_estimate.announce` does.
+
+        Raises:
+            InputError, DiskFullError: as a run would.
+        """
+        from performers.tools.finetuning_estimate import announce
+
+        run = Path(self.config.output)
+        self.check(begun=(run / RUN_CONFIG).is_file())
+        checkpoints = list_checkpoints(run)
+        if not checkpoints:
+            return self._planned
+        proteins = read_labelled(run / _PROTEINS, self.config.target, self.config.task)
+        return announce(self.config, self._language_model(), proteins, load_progress(checkpoints[-1]).step)
 
     def discard(self, run: Path, began: dict[str, Any]) -> None:
         """Removes the proteins, which are read and split again."""
@@ -336,11 +377,8 @@ class Finetuning(Task[FinetuneConfig]):
 
 def _warn(proteins: LabelledProteins, config: FinetuneConfig, about: dict[str, Any]) -> None:
     """Says what a user should know of a split before looking at figures."""
-    if about["by"] == "random":
-        print(
-            "The split is random: relatives of test proteins may be trained on, so the figures hold for such relatives only.",
-            file=sys.stderr,
-        )
+    if remark := remark_on_split(about):
+        print(remark, file=sys.stderr)
     training = proteins.of("train")
     passes = config.steps * config.batch_size / len(training)
     if passes < 1:
@@ -368,11 +406,3 @@ def _finished_before(config: FinetuneConfig) -> FinetuneResult | None:
         if key not in FinetuneConfig.FREE_ON_RESUME
     )
     return FinetuneResult(config.folder, json.loads(figures.read_text(encoding="utf-8"))) if same else None
-
-
-def publish_model(result: RunResult, folder: Path) -> None:
-    """Moves the model of a finished run up into the output folder, its configuration last: where that is, all is."""
-    if result.model.is_dir():
-        for file in sorted(result.model.iterdir(), key=lambda file: file.name == "config.json"):
-            os.replace(file, folder / file.name)
-        shutil.rmtree(result.model)

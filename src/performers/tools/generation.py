@@ -20,7 +20,7 @@ from performers.models.bundled import CAUSAL, MASKED
 from performers.tools.designs import BUNDLED_REFERENCE, Design, check_output
 from performers.tools.jobs import run_tool
 from performers.tools.language_model import LanguageModel
-from performers.tools.partners import PartnerEffect, Partners, read_partners, said_of
+from performers.tools.partners import Partners, read_partners
 from performers.tools.redesign import Redesigner
 from performers.tools.sampler import Sampler
 from performers.tools.sampling import Drawing
@@ -184,8 +184,7 @@ def _sampling(
     )
     sources = [path for path in (partner, spec) if path is not None]
     settings |= {"at_once": tool.at_once, "min_length": shortest, "max_length": longest}
-    remark = said_of(PartnerEffect.find(model.folder, model.weights_fingerprint())) if partners else None
-    return _Job(tool, [*sources, *reference], settings, remark)
+    return _Job(tool, [*sources, *reference], settings, tool.partner_effect)
 
 
 def _file(path: str) -> InputFile:

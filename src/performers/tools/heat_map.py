@@ -12,11 +12,11 @@ ORDER = "GAVLIMCFYWPSTNQHKRDE"
 _MOST_LINES, _POSITIONS_IN_A_LINE = 20, 100
 
 
-def plot_saturation(scores: npt.NDArray[np.float32], wild_type: str, picture: Path, *, title: str, first: int) -> None:
+def plot_saturation(scores: npt.NDArray[np.float64], wild_type: str, picture: Path, *, title: str, first: int) -> None:
     """Draw the score of every substitution; white is as good as the wild type, red is worse, dots are the wild type.
 
     Arguments:
-        scores: (L, 20) in the order of `ORDER`, 0 for the wild type.
+        scores: (L, 20) in the order of `ORDER`, 0 for the wild type, nan where nothing is known.
         wild_type: L residues.
         picture: the PNG to write.
         title: the heading.
@@ -53,3 +53,8 @@ def plot_saturation(scores: npt.NDArray[np.float32], wild_type: str, picture: Pa
     bar.set_label("log-odds against the wild type", fontsize=8)
     figure.suptitle(f"{title} (not for clinical use)", fontsize=9)
     figure.savefig(picture, dpi=110, metadata={"Software": None})
+
+
+def picture_bytes(length: int) -> int:
+    """About how many bytes the picture of so many residues takes, as measured from 5 to 35,000; long ones are drawn finer."""
+    return 20_000 + 320 * min(length, 2000) + 130 * max(length - 2000, 0)

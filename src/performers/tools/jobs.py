@@ -4,10 +4,11 @@
 
 1. the items are written to a hidden folder beside the output, `.NAME.building`, while they are counted and cut into shards of
    about `Tool.shard_tokens` tokens, in input order;
-2. records, residues, predicted time and size are said, and a disk that is too small is refused;
+2. records, residues, predicted time and size are said, and a disk that is too small is refused, as is a file beside the output
+   that would be replaced without having come with it;
 3. each shard is computed and saved whole, durable and renamed; one that is there already is not computed again;
 4. one pass over the shards writes the output, which then gets its name, with `run.json`, `cite.bibtex`, `methods.txt` and, if
-   some items failed, `failed.tsv` beside it.
+   some items failed or some records were left out, `failed.tsv` beside it.
 
 Batches never reach over the end of a shard, so what a shard holds is a function of its items alone, and a run that was killed
 ends with the bytes of one that was not. Memory holds one shard at a time. `performers.tools.engine` says where shards are
@@ -31,7 +32,17 @@ from typing import Any
 from performers import __version__
 from performers.errors import InputError, OutputError, RunError
 from performers.folders import fsync, room_for
-from performers.tools.beside import read_failed, record_folder, results_before, say, write_beside
+from performers.tools.beside import (
+    check_beside,
+    files_beside,
+    note_beside,
+    noted_beside,
+    read_failed,
+    record_folder,
+    results_before,
+    say,
+    write_beside,
+)
 from performers.tools.engine import LOCAL, Engine
 from performers.tools.tool import Item, Outcome, Result, Tool, Written
 from performers.tools.work import Plan
@@ -56,14 +67,16 @@ def run_tool(
         output: the file or folder to write.
         sources: the files that the items come from; "-" is standard input.
         settings: all that decides the output besides the sources and the model.
-        dry_run: say what the work would take, and do none of it.
+        dry_run: say what the work would take, refuse what would be refused, and do none of it.
         restart: forget what an earlier run left, and replace an output that is there.
         engine: what computes the shards. One of several ranks comes back without an output, `Outcome.done` being False, where
             others have not finished their shards: the last of them writes it.
 
     Raises:
-        InputError: the sources are at fault, hold nothing, or no item can be read; several ranks were to start anew.
-        OutputError: the output is in use, or its unfinished work is of other settings or inputs, or another process is at it.
+        InputError: the sources are at fault, hold nothing, or no item can be read; the output is one of them; several ranks were
+            to start anew.
+        OutputError: the output or a file beside it is in use, or its unfinished work is of other settings or inputs, or another
+            process is at it.
         DiskFullError: there is no room for the output.
         RunError: every item failed.
     """
@@ -74,7 +87,9 @@ def run_tool(
     work = _Work(output, settings, sources)
     if restart and engine.is_shared:
         raise InputError(f"--restart with several processes: each would start anew; remove {output} and {work.folder}.")
-    if output.is_dir() and _is_in_use(output) and not _is_of(tool, output):
+    if output.exists() and any(Path(source).exists() and output.samefile(source) for source in sources):
+        raise InputError(f"{output} is one of the inputs; expected another output.")
+    if output.is_dir() and _is_in_use(output) and not _is_of(tool, output) and output.name not in noted_beside(output):
         raise OutputError(
             f"{output} is already in use; expected a new or empty folder or one of `performers {tool.command}`."
         )
@@ -90,6 +105,7 @@ def run_tool(
             arguments={**settings, "input": list(sources), "output": str(output)},
             seed=None,
             device=str(tool.model.device),
+            references=tool.references,
             announce=False,  # the folder may hold the record of an earlier run until this one is done
         )
         record.inputs(plan.inputs)
@@ -132,15 +148,15 @@ def _begin(
         work.clear()
     begun_before, begun = work.exists, False
     try:
+        check_beside(output, tool.beside(output))
         plan = work.plan(tool)
         if engine.rank and not dry_run:
             begun = True
             return plan, {}
         estimate = _estimate(tool, plan, work)
         _announce(tool, plan, estimate, output)
-        if not dry_run:
-            with room_for(output, estimate["bytes_to_write"]):
-                begun = True
+        with room_for(output, estimate["bytes_to_write"]):
+            begun = not dry_run
         return plan, estimate
     finally:
         if not begun_before and not begun:
@@ -152,9 +168,9 @@ def _finish(
 ) -> Outcome:
     """Assemble the output, and write what goes beside it."""
     outcome = _assemble(tool, plan, work, estimate)
-    record.results(fingerprint=settings, **outcome.to_dict())
+    record.results(fingerprint=settings, files=files_beside(outcome.output), **outcome.to_dict())
     folder = record_folder(outcome.output, makes_folder=tool.makes_folder)
-    write_beside(folder, tool.methods(outcome), outcome.failed, f"{outcome.items:,} {tool.noun}")
+    write_beside(folder, tool.methods(outcome), outcome.failed, tool.tally(outcome))
     return outcome
 
 
@@ -211,6 +227,7 @@ def _assemble(tool: Tool[Any], plan: Plan, work: _Work, estimate: dict[str, Any]
 
     Raises:
         RunError: there is not one result to write.
+        OutputError: a file that is to stand beside the output is there already, and did not come with it.
     """
     results = _Results(tool, plan, work)
     failed = list(results.failed())
@@ -225,6 +242,9 @@ def _assemble(tool: Tool[Any], plan: Plan, work: _Work, estimate: dict[str, Any]
         path.parent.mkdir()
         with _hdf5_errors():
             written = tool.write(results, path) or Written(plan.items, failed)
+        names = [file.name for file in path.parent.iterdir() if file != path]
+        check_beside(work.output, names)
+        note_beside(work.output, [*names, work.output.name])
         if work.output.is_dir():
             shutil.rmtree(work.output)
         # The output last: where it is, all is.
@@ -233,7 +253,9 @@ def _assemble(tool: Tool[Any], plan: Plan, work: _Work, estimate: dict[str, Any]
                 fsync(file)
             os.replace(file, work.output.with_name(file.name))
         fsync(work.output.absolute().parent)
-    return Outcome(work.output, written.items, plan.tokens, written.failed, written.figures, estimate)
+    # A record that was left out as asked is one without a result, too.
+    items, failed = written.items + len(plan.left_out), sorted([*plan.left_out, *written.failed])
+    return Outcome(work.output, items, plan.tokens, failed, written.figures, estimate)
 
 
 @contextmanager

@@ -140,6 +140,9 @@ def split_labelled(
 ) -> tuple[LabelledProteins, dict[str, Any]]:
     """Deals the proteins out to the sets; identical sequences stay together.
 
+    Where (nearly) all sequences are in one cluster, as variants of one protein are, no relatives can be held out: they are dealt
+    out at random then, although "identity" was asked for.
+
     Arguments:
         proteins: to split.
         by: "identity" keeps clusters of similar sequences together (MMseqs2); "random" does not.
@@ -149,16 +152,54 @@ def split_labelled(
         seed, threads: as of `split_records`.
 
     Returns:
-        The proteins with their sets, and what there is to say of the split.
+        The proteins with their sets, and what there is to say of the split; `remark_on_split` has it in words.
 
     Raises:
-        InputError: a set would be empty.
+        InputError: there are too few sequences, or training targets are all the same.
         MissingExtraError: MMseqs2 is needed and not installed.
     """
     unique = list(dict.fromkeys(proteins.sequences))
     if len(unique) < FEWEST:
         raise InputError(f"There are {len(unique)} different sequences; expected at least {FEWEST}, to split them.")
-    share = min(max(0.15, 10 / len(unique)), 0.25) if held_out is None else held_out
+    share = held_out_share(len(unique), held_out)
+    about: dict[str, Any] = {"by": by, "held_out": share}
+    dealt, median = _dealt(proteins, unique, share, by=by, identity=identity, seed=seed, threads=threads)
+    if by == "identity" and min(map(len, map(dealt.of, SETS[1:]))) < share * len(proteins) / 3:
+        about |= {"by": "random", "too_few_clusters_at": identity}
+        dealt, _ = _dealt(proteins, unique, share, by="random", identity=identity, seed=seed, threads=threads)
+    elif by == "identity":
+        about |= {"identity": identity, "median_identity_to_training": median}
+    _check_sets(dealt, "the split")
+    return dealt, about
+
+
+def held_out_share(sequences: int, asked: float | None = None) -> float:
+    """The share of the validation set and of the test set of so many different sequences."""
+    return min(max(0.15, 10 / sequences), 0.25) if asked is None else asked
+
+
+def remark_on_split(about: dict[str, Any]) -> str:
+    """What a user should know of a split before looking at figures; "" where relatives are kept together."""
+    if about["by"] != "random":
+        return ""
+    remark = "The split is random: relatives of test proteins may be trained on, so the figures hold for such relatives only."
+    if "too_few_clusters_at" not in about:
+        return remark
+    identity = f"{about['too_few_clusters_at']:.0%} identity"
+    return f"At {identity} there are too few clusters to hold relatives out, as with variants of one protein. {remark}"
+
+
+def _dealt(
+    proteins: LabelledProteins,
+    unique: list[str],
+    share: float,
+    *,
+    by: Literal["identity", "random"],
+    identity: float,
+    seed: int,
+    threads: int | None,
+) -> tuple[LabelledProteins, dict[str, float]]:
+    """The proteins with their sets, and the median identity of each held-out set to the training set."""
     with tempfile.TemporaryDirectory(prefix="performers-") as name:
         file, folder = Path(name) / "proteins.fasta", Path(name) / "split"
         file.write_text("".join(f">{number}\n{text}\n" for number, text in enumerate(unique)), encoding="ascii")
@@ -174,17 +215,7 @@ def split_labelled(
         )
         rows = read_table(folder / "split.tsv").rows
         set_of = {unique[int(row["id"])]: row["set"] for _, row in rows}
-    dealt = replace(proteins, sets=tuple(set_of[sequence] for sequence in proteins.sequences))
-    if by == "identity" and min(map(len, map(dealt.of, SETS))) == 0:
-        raise InputError(
-            f"At {identity:.0%} identity the {len(unique):,} sequences make so few clusters that a set would be empty, as with "
-            "variants of one protein: give a column split, a higher --identity, or --split random."
-        )
-    _check_sets(dealt, "the split")
-    about: dict[str, Any] = {"by": by, "held_out": share}
-    if by == "identity":
-        about |= {"identity": identity, "median_identity_to_training": result.median_identity}
-    return dealt, about
+    return replace(proteins, sets=tuple(set_of[text] for text in proteins.sequences)), result.median_identity
 
 
 def _sequence(text: str, where: str) -> str:

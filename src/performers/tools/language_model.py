@@ -531,7 +531,10 @@ def _position_limit(model: Any) -> int | None:
 
 
 def _trained_length(config: Any, folder: Path) -> int | None:
-    """Tokens at a time in training, as the settings of the run in or above the folder say, or the model's configuration."""
+    """Tokens at a time in training: what the card of a head says, or the settings of the run in or above the folder, or the
+    model's configuration."""
+    with contextlib.suppress(OSError, KeyError, TypeError, ValueError):
+        return int(json.loads((folder / "head.json").read_text(encoding="utf-8"))["trained_length"])
     for parent in (folder, folder.parent, folder.parent.parent):
         with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
             return int(yaml.safe_load((parent / "config.yaml").read_text(encoding="utf-8"))["context"])

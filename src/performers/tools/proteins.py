@@ -7,6 +7,7 @@ columns `id` and `sequence`, and the chains of PDB and mmCIF files come in, told
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,7 +37,7 @@ class Protein(NamedTuple):
         id: as written; may be empty, and need not be unique.
         description: what else the file says of it.
         chains: upper-case residues of the alphabet, at least one chain of at least one residue.
-        number: the position among all the proteins of a run, counted from 1.
+        number: the position among all the records of a run, those that were left out included, counted from 1.
     """
 
     id: str
@@ -67,7 +68,7 @@ def read_proteins(
         sources: files, "-", "bundled:NAME", or records that were read already.
         max_length: residues; a longer record is refused, never cut.
         on_invalid: what to do with a character that is no residue: refuse ("error"), read it as X ("x"), or leave the record
-            out and count it ("skip").
+            out and list it ("skip").
         report: what happened while reading is added to it.
 
     Raises:
@@ -90,25 +91,19 @@ def read_proteins(
         streams = [_records_of(source, door) for source in files]
     else:
         streams = [_given_records(given, door)]  # pyright: ignore[reportArgumentType]
-    return _numbered(streams)
-
-
-def _numbered(streams: Iterable[Iterator[Protein]]) -> Iterator[Protein]:
-    number = 0
-    for stream in streams:
-        for protein in stream:
-            number += 1
-            yield protein._replace(number=number)
+    return itertools.chain.from_iterable(streams)
 
 
 class _Door:
-    """The same judgement of letters and lengths for every format."""
+    """The same judgement of letters and lengths for every format, and one numbering of the records of all sources."""
 
     def __init__(self, max_length: int, on_invalid: OnInvalid, report: FastaReport) -> None:
         self.max_length, self.on_invalid, self.report = max_length, on_invalid, report
+        self._count = 0
 
     def protein(self, source: str, number: int, identifier: str, description: str, text: str) -> Protein | None:
-        """The record as a protein; None if it is to be left out."""
+        """A record, the `number`-th of its source, as a protein; None if it is to be left out."""
+        self._count += 1
         where = f"{source}, record {number:,}" + (f" ({_shown(identifier)})" if identifier else "")
         text = text.translate(_WHITE_SPACE)
         if not text:
@@ -123,29 +118,31 @@ class _Door:
         pieces = upper.split(CHAIN_BREAK)
         chains: list[str] = []
         replaced = 0
-        for index, chain in enumerate(pieces, start=1):
-            here = where if len(pieces) == 1 else f"{where}, chain {index}"
-            if not chain:
-                raise FastaError(f"{here}: the chain is empty; expected residues on either side of a colon.")
-            wrong = chain.translate(_VALID)
-            if wrong and self.on_invalid == "error":
-                position = next(i for i, letter in enumerate(chain, start=1) if letter not in RESIDUES)
+        for index, piece in enumerate(pieces, start=1):
+            place = "" if len(pieces) == 1 else f", chain {index}"
+            if not piece:
+                raise FastaError(f"{where}{place}: the chain is empty; expected residues on either side of a colon.")
+            wrong = piece.translate(_VALID)
+            if wrong and self.on_invalid != "x":
+                position = next(i for i, letter in enumerate(piece, start=1) if letter not in RESIDUES)
+                what = f"{place}, residue {position:,}: {piece[position - 1]!r} is not a residue"
+                if self.on_invalid == "skip":
+                    self.report.skipped += 1
+                    self.report.left_out.append((self._count, identifier, what.removeprefix(", ")))
+                    return None
                 raise FastaError(
-                    f"{here}, residue {position:,}: {chain[position - 1]!r} is not a residue; expected "
-                    f"{expected_residues()} (on-invalid 'x' replaces it by X, 'skip' leaves the record out)."
+                    f"{where}{what}; expected {expected_residues()} "
+                    "(on-invalid 'x' replaces it by X, 'skip' leaves the record out)."
                 )
-            if wrong and self.on_invalid == "skip":
-                self.report.skipped += 1
-                return None
             if wrong:
                 replaced += len(wrong)
-                chain = "".join(letter if letter in RESIDUES else "X" for letter in chain)
-            chains.append(chain)
+                piece = "".join(letter if letter in RESIDUES else "X" for letter in piece)
+            chains.append(piece)
         self.report.replaced += replaced
         self.report.lower_case += text != upper
         self.report.records += 1
         self.report.residues += length
-        return Protein(identifier, description, tuple(chains), number)
+        return Protein(identifier, description, tuple(chains), self._count)
 
     def seen(self, identifiers: Iterable[str]) -> None:
         """Count identifiers that occurred before."""
@@ -220,7 +217,10 @@ def _from_table(source: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _from_structure(source: str) -> Iterator[tuple[str, str, str]]:
-    """The protein chains of the first model: as deposited (SEQRES) where the file says so, else as observed."""
+    """The protein chains of the first model: as deposited (SEQRES) where the file says so, else as observed.
+
+    A modified residue is read as the one that it was made from, and one that gemmi does not know as X.
+    """
     try:
         import gemmi
     except ImportError:
@@ -245,7 +245,8 @@ def _from_structure(source: str) -> Iterator[tuple[str, str, str]]:
         deposited = entity.full_sequence if entity is not None else []
         names = [gemmi.Entity.first_mon(name) for name in deposited] or [residue.name for residue in polymer]
         count += 1
-        yield f"{stem}_{chain.name}", "", gemmi.one_letter_code(names).upper()
+        letters = (gemmi.find_tabulated_residue(name).one_letter_code.strip().upper() or "X" for name in names)
+        yield f"{stem}_{chain.name}", "", "".join(letters)
     if not count:
         raise FastaError(f"{source} has no protein chain; expected at least one.")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -130,11 +130,14 @@ def read_to(
             device=reading["device"],
             announce=False,  # the folder may hold the record of an earlier run until this one is done
         )
-        with record:
+        with _no_empty_folder(folder, path), record:
             report, failed, remarks = FastaReport(), list[tuple[int, str, str]](), list[str]()
             if opened is not None:
                 whole = _read(opened, sources, report, kept, before, **options)
-                failed, remarks = whole.failed, [*report.remarks(), *whole.state.remarks(opened)]
+                failed, remarks = (
+                    sorted([*report.left_out, *whole.failed]),
+                    [*report.remarks(), *whole.state.remarks(opened)],
+                )
                 added = [whole.state, *added]
                 for file in opened.weights:
                     record.weights(file)
@@ -147,8 +150,9 @@ def read_to(
             outcome = ReadOutcome(path, total, failed, remarks, report.to_dict()["inputs"])
             record.inputs(outcome.inputs)
             record.results(fingerprint=settings, **outcome.to_dict())
-            methods = _methods(total, opened, report.records - len(failed), add, subtract)
-            write_beside(folder, methods, failed, f"{report.records:,} proteins")
+            asked = report.records + len(report.left_out)
+            methods = _methods(total, opened, asked - len(failed), add, subtract)
+            write_beside(folder, methods, failed, f"{len(failed):,} of {asked:,} proteins failed")
         kept.forget()
         return outcome
 
@@ -204,6 +208,18 @@ class _Kept:
     def forget(self) -> None:
         """Remove the file."""
         self._path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _no_empty_folder(folder: Path, output: Path) -> Iterator[None]:
+    """Removes the folder that was made for the record of an output if a block fails and leaves nothing in it."""
+    try:
+        yield
+    except BaseException:
+        if folder != output.absolute().parent:
+            with suppress(OSError):  # it holds something
+                folder.rmdir()
+        raise
 
 
 @contextmanager

@@ -47,6 +47,7 @@ class Block(NamedTuple):
         passes: P, of which pass j masks the residues j, j + P, j + 2 P, ...; 0 for one pass with nothing masked. For "check" the
             number of positions.
         start, stop: the passes in this block.
+        output: about how many bytes of the output go on the account of this block: all of a sheet's on its first one.
     """
 
     sheet: int
@@ -58,6 +59,7 @@ class Block(NamedTuple):
     passes: int
     start: int
     stop: int
+    output: int = 0
 
 
 class Readings:
@@ -77,6 +79,7 @@ class Readings:
         self._sums: dict[int, array[float]] = {}  # of rows, by wild type; NaN where nothing was read
         self._counts: dict[int, array[float]] = {}
         self._failed: dict[tuple[int, int], str] = {}
+        self._saturated: dict[int, _Floats] = {}
         self._singles: dict[int, _Floats] = {}
 
     @classmethod
@@ -116,9 +119,15 @@ class Readings:
         """Why a variant or its wild type was not read, if so."""
         return self._failed.get((place, 0)) or self._failed.get((place, row))
 
-    def log_odds(self, place: int) -> npt.NDArray[np.float32]:
-        """(L, 20): of each standard residue against the wild type's."""
-        table = self._tables[place]
+    def knows_singles(self, place: int) -> bool:
+        """Whether there is a score of every single substitution: of `log_odds`."""
+        return self._has_table or place in self._saturated
+
+    def log_odds(self, place: int) -> _Floats:
+        """(L, 20): of each standard residue against the wild type's; nan where nothing was read."""
+        if not self._has_table:
+            return self._saturated[place]
+        table = self._tables[place].astype(np.float64)
         own = table[np.arange(len(table)), [INDEX[letter] for letter in self.sequences[place]]]
         return table[:, _STANDARD] - own[:, None]
 
@@ -145,25 +154,28 @@ class Readings:
 
     def percentile(self, place: int, value: float) -> float | None:
         """The share of single substitutions that score lower, ties counting half, in per cent; None if they were not read."""
+        if not self.knows_singles(place):
+            return None
         if place not in self._singles:
-            if self._has_table:
-                log_odds = self.log_odds(place).astype(np.float64)
-                others = np.array([[letter != own for letter in STANDARD_RESIDUES] for own in self.sequences[place]])
-                self._singles[place] = np.sort(log_odds[others])
-            else:
-                self._singles[place] = np.zeros(0)
+            values = self.log_odds(place)[_others(self.sequences[place])]
+            self._singles[place] = np.sort(values[np.isfinite(values)])
         singles = self._singles[place]
         if not len(singles):
             return None
         below = np.searchsorted(singles, value - 1e-9) + np.searchsorted(singles, value + 1e-9)
         return float(50 * below / len(singles))
 
-    def rank_among_rows(self, place: int) -> None:
-        """Take the rows of this sheet as the single substitutions; they are, when the sheet is a saturation."""
-        sums, counts = np.array(self._sums[place]), np.array(self._counts[place])
-        read = np.flatnonzero(counts[1:]) + 1
-        means = sums[read] / counts[read]
-        self._singles[place] = np.sort((means - sums[0] / counts[0]) * len(self.sequences[place]))
+    def take_rows_as_singles(self, place: int) -> None:
+        """Take the rows of this sheet as the single substitutions, in the order of `saturation`, which they have to be."""
+        others = _others(self.sequences[place])
+        log_odds = np.where(others, np.nan, 0.0)
+        number = int(others.sum())
+        values = np.full(number, np.nan)
+        for row in range(1, min(number + 1, len(self._sums[place]))):
+            if self._counts[place][row] and self.failed(place, row) is None:
+                values[row - 1], _ = self.by_sequence(place, row)
+        log_odds[others] = values
+        self._saturated[place] = log_odds
 
     def agreement_of_stripes(self) -> float | None:
         """Spearman's correlation between log-odds from stripes and from positions masked alone; None if not measured."""
@@ -175,4 +187,9 @@ class Readings:
             striped.append(self.log_odds(place)[positions].ravel())
         if not alone:
             return None
-        return spearman(np.concatenate(striped).astype(np.float64), np.concatenate(alone).astype(np.float64))
+        return spearman(np.concatenate(striped), np.concatenate(alone).astype(np.float64))
+
+
+def _others(sequence: str) -> npt.NDArray[np.bool_]:
+    """(L, 20): which of the standard residues is not the one that is there."""
+    return np.array([[letter != own for letter in STANDARD_RESIDUES] for own in sequence])

@@ -32,7 +32,7 @@ from performers.randomness import derive_seed
 from performers.tools.designs import Design, write_designs
 from performers.tools.language_model import LanguageModel, Unread, is_want_of_memory
 from performers.tools.likelihood import Past, log_likelihoods
-from performers.tools.partners import Partners
+from performers.tools.partners import PartnerEffect, Partners, said_of
 from performers.tools.sampling import Drawing, Noise
 from performers.tools.tool import Outcome, Result, Tool, Written
 from performers.training.distributed import autocast
@@ -71,9 +71,13 @@ class Sampler(Tool[Group]):
         at_once: designs drawn side by side.
         reference, inputs: the FASTA sources of the nearest proteins, and the files behind all options.
 
+    Attributes:
+        partner_effect: with partners, a sentence on whether the model heeds any; otherwise None.
+
     Raises:
         InputError: an argument is out of range, or the model is not a causal language model.
         UnsupportedError: the model cannot read partners.
+        CheckpointError: what was measured of partners is damaged.
     """
 
     command: ClassVar[str] = "generate"
@@ -134,7 +138,12 @@ class Sampler(Tool[Group]):
         if model.context is not None:
             self._past = Past(model.context.for_model(model).states)
         self._against = Past.of(model, unwanted) if unwanted else None
-        self._context_tokens = sum(len(chain) + 2 for chain in wanted)
+        # Read in turn: the longer of the two is what a model has to have been trained on.
+        self._context_tokens = max(sum(len(chain) + 2 for chain in chains) for chains in (wanted, unwanted))
+        # What is known of whether the model heeds partners at all.
+        self.partner_effect = (
+            said_of(PartnerEffect.find(model.folder, model.weights_fingerprint())) if self.partners else None
+        )
         row = model.row([self.prompt + STANDARD_RESIDUES])
         self._begin = row.ids[: int(row.residues[0]) + len(self.prompt)]
         self._letters = row.ids[row.residues[len(self.prompt) :]]
@@ -298,6 +307,8 @@ class Sampler(Tool[Group]):
             for number in range(self.label(group)[0], self.label(group)[0] + group.size)
         ]
         figures = write_designs(list(self.designs(results)), path, self.reference)
+        if self.partner_effect is not None:
+            figures["partner_effect"] = self.partner_effect
         return Written(self.count, failed, figures)
 
     def methods(self, outcome: Outcome) -> str:
@@ -315,7 +326,7 @@ class Sampler(Tool[Group]):
             partners = (
                 f" They were drawn after {len(self.partners.wanted)} wanted partners and held against "
                 f"{len(self.partners.unwanted)} unwanted ones, the best of {self.candidates} candidates by the difference of "
-                "log-likelihoods."
+                f"log-likelihoods. {self.partner_effect}"
             )
         elif self.model.context is not None:
             partners = f" They were drawn {self.model.company()}."

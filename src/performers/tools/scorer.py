@@ -12,75 +12,41 @@ A score is a sum of log-odds in nats, higher is better tolerated, 0 is the wild 
 The two last compare means per residue, times the length of the wild type, so that a longer sequence is not worse for its length
 alone. Beside a score stand its percentile among all single substitutions of the same protein, and whether confidence is low:
 whether the model expects there little else than the frequencies of residues in proteins at large.
+
+Other than the last two, strategies give every substitution of a protein at once; the last two know the percentile only where all
+of them were asked for. Their confidence is that in the wild type as a whole.
 """
 
 from __future__ import annotations
 
 import csv
 import itertools
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from performers import __version__
 from performers.data import STANDARD_RESIDUES, FastaReport
 from performers.errors import InputError, UnsupportedError
-from performers.tools.agreement import agreement
-from performers.tools.blosum import blosum62
-from performers.tools.heat_map import ORDER, plot_saturation
+from performers.tools.heat_map import ORDER, picture_bytes, plot_saturation
 from performers.tools.language_model import LanguageModel, Row, Unread
+from performers.tools.measurements import Measurements, measurement, write_agreements
 from performers.tools.readings import INDEX, Block, Readings
+from performers.tools.scores import MARGINAL, OUR_COLUMNS, STRATEGIES, Score, Strategy, cells, is_unreadable, scored
+from performers.tools.scoring_methods import methods, references
 from performers.tools.tables import Table, read_table
 from performers.tools.tool import Outcome, Result, Tool, Written
-from performers.tools.variants import HARMLESS, Status, Variant, parse_variant, saturation
-
-Strategy: TypeAlias = Literal["masked-marginals", "wt-marginals", "pseudo-ppl", "likelihood"]
-STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
-_MARGINAL = ("masked-marginals", "wt-marginals")
+from performers.tools.variants import HARMLESS, Variant, parse_variant, saturation
 
 LONGEST_WITHOUT_STRIPES, STRIPES = 2000, 16
-_BLOSUM62 = blosum62()
 BLOCK_TOKENS = 16_384
 MOST_PICTURES = 20
-OUR_COLUMNS = ("status", "score", "percentile", "low_confidence", "reason")
-
-
-@dataclass(frozen=True)
-class Score:
-    """What became of one variant.
-
-    Attributes:
-        id: of the wild type.
-        row: the number of the variant in its table, counted from 1.
-        mutant: its name, as given.
-        status: "ok" and "synonymous" have a score.
-        score: nats; higher is better tolerated. None where there is none.
-        percentile: the share of the protein's single substitutions that score lower, in per cent; None where they are not known.
-        low_confidence: whether the model is near the frequencies of residues at large; None without a score.
-        reason: what is wrong, or "".
-        values: the other columns of the table.
-        mutations: how many residues differ; None where residues came or went.
-        blosum62: the sum of that matrix over the substitutions; None without a score, or for residues that it has not.
-    """
-
-    id: str
-    row: int
-    mutant: str
-    status: Status
-    score: float | None = None
-    percentile: float | None = None
-    low_confidence: bool | None = None
-    reason: str = ""
-    values: dict[str, str] = field(default_factory=dict[str, str])
-    mutations: int | None = None
-    blosum62: float | None = None
+_OUR_BYTES = 30  # of them in a row that has a score
 
 
 # A table of variants, their names, or None for all single substitutions.
@@ -106,15 +72,15 @@ class Scorer(Tool[Block]):
     Arguments:
         model: what reads; a masked or causal language model.
         sheets: what to score; a function, so that a million proteins need not be in memory.
-        strategy: one of `STRATEGIES`; None for masked-marginals, or for pseudo-ppl if a table has insertions or deletions, or
-            for likelihood if the model is causal.
+        strategy: one of `STRATEGIES`; None for masked-marginals, or for likelihood if the model is causal. Several are those of
+            the sheets; the last holds for all that follow.
         stripes: passes over a sequence with every so many-th residue masked; 0 for as many as it has residues; None for that up
             to `LONGEST_WITHOUT_STRIPES` residues and `STRIPES` above.
-        check_stripes: positions that are masked alone as well, to say how well stripes agree.
+        check_stripes: positions that are masked alone as well, to say how well stripes agree ("masked-marginals" only).
         offset_idx: the number that the first residue has in names.
         mutation_column, measurement_column: of the tables; a measurement column of None is DMS_score where there is one.
         toks_per_batch: tokens in one forward pass.
-        heat_map: whether `write` draws the single substitutions of each protein, up to `MOST_PICTURES`.
+        heat_map: whether `write` draws the single substitutions of each protein, up to `MOST_PICTURES`, where all are known.
         sources: where the variants of each sheet come from; the last holds for all that follow.
         names: of the sheets' tables in an output folder; ("",) for a single table.
 
@@ -125,13 +91,14 @@ class Scorer(Tool[Block]):
 
     command: ClassVar[str] = "score"
     noun: ClassVar[str] = "blocks of passes"
+    entries: ClassVar[str] = "variants"
 
     def __init__(
         self,
         model: LanguageModel,
         sheets: Callable[[FastaReport], Iterable[Sheet]],
         *,
-        strategy: Strategy | None = None,
+        strategy: Strategy | list[Strategy | None] | None = None,
         stripes: int | None = None,
         check_stripes: int = 0,
         offset_idx: int = 1,
@@ -143,17 +110,15 @@ class Scorer(Tool[Block]):
         names: Sequence[str] = ("",),
     ) -> None:
         model.check_language_model()
-        if strategy not in (None, *STRATEGIES):
-            raise InputError(f"scoring-strategy is {strategy!r}: expected one of {', '.join(STRATEGIES)}.")
         if (stripes or 0) < 0 or check_stripes < 0 or toks_per_batch < 1:
             raise InputError("stripes, check-stripes and toks-per-batch: expected numbers that are not negative.")
-        self.strategy: Strategy = strategy or ("likelihood" if model.is_causal else "masked-marginals")
-        if model.is_causal and self.strategy != "likelihood":
-            raise UnsupportedError(
-                f"{model.folder} is a causal model, which cannot do {self.strategy}: expected --scoring-strategy likelihood."
+        given: list[Strategy | None] = strategy if isinstance(strategy, list) else [strategy]
+        self._strategies: tuple[Strategy, ...] = tuple(_strategy_for(model, name) for name in given)
+        if check_stripes and "masked-marginals" not in self._strategies:
+            raise InputError(
+                f"check-stripes is {check_stripes}: it compares stripes with single masks by masked-marginals, and the "
+                f"strategy is {self.strategy}."
             )
-        if self.strategy in ("masked-marginals", "pseudo-ppl") and not model.can_mask:
-            raise UnsupportedError(f"{model.folder} has no mask token, which {self.strategy} needs.")
         self.model, self._sheets, self.sources, self.names = model, sheets, sources, names
         self.stripes, self.check_stripes, self.offset_idx = stripes, check_stripes, offset_idx
         self.mutation_column, self.measurement_column = mutation_column, measurement_column
@@ -162,13 +127,25 @@ class Scorer(Tool[Block]):
         self._variants = self._proteins = 0
 
     @property
-    def _by_table(self) -> bool:
-        """Whether scores are differences of a table, rather than of whole sequences."""
-        return self.strategy in _MARGINAL
+    def strategy(self) -> str:
+        """The strategy, or those of the sheets, each once."""
+        return ", ".join(self._used)
 
-    def passes(self, length: int) -> int:
+    @property
+    def _used(self) -> list[Strategy]:
+        return list(dict.fromkeys(self._strategies))
+
+    @property
+    def references(self) -> str:
+        """The BibTeX of the papers that the methods text names."""
+        return references(self._used)
+
+    def _strategy_of(self, sheet: int) -> Strategy:
+        return self._strategies[min(sheet, len(self._strategies) - 1)]
+
+    def _passes(self, length: int, strategy: Strategy) -> int:
         """How many passes a sequence of so many residues takes, each with residues masked; 0 for one with none masked."""
-        if self.strategy in ("wt-marginals", "likelihood"):
+        if strategy in ("wt-marginals", "likelihood"):
             return 0
         stripes = self.stripes
         if stripes is None:
@@ -179,31 +156,57 @@ class Scorer(Tool[Block]):
         """The blocks of each sheet: its wild types, then what else has to be read."""
         self._variants = self._proteins = 0
         for number, sheet in enumerate(self._sheets(report)):
+            strategy = self._strategy_of(number)
+            by_table = strategy in MARGINAL
             self._proteins += len(sheet.wild_types)
+            output = self._count(number, sheet, strategy)
             for place, (identifier, sequence) in enumerate(sheet.wild_types):
                 where = (number, place, 0, identifier, sequence)
-                yield from self._blocks(*where, "table" if self._by_table else "sum")
-                if self._by_table and self.check_stripes and self.passes(len(sequence)) < len(sequence):
+                passes = self._passes(len(sequence), strategy)
+                for block in _blocks(where, "table" if by_table else "sum", passes):
+                    yield block._replace(output=output)
+                    output = 0
+                if strategy == "masked-marginals" and self.check_stripes and passes < len(sequence):
                     count = min(self.check_stripes, len(sequence))
                     yield Block(*where, "check", count, 0, count)
-            for row, place, _, values, variant in self._variants_of(sheet):
-                self._variants += 1
-                if (column := self._measurement_in(list(values))) is not None:
-                    measurement(values, column, row)
-                if not self._by_table and variant.status in ("ok", "indel") and not self._is_unreadable(variant):
+            if by_table:
+                continue
+            for row, place, _, _, variant in self._variants_of(sheet):
+                if variant.status in ("ok", "indel") and not is_unreadable(variant, by_table):
                     identifier, sequence = sheet.wild_types[place]
-                    yield from self._blocks(number, place, row, identifier, variant.apply(sequence), "sum")
+                    whole = variant.apply(sequence)
+                    yield from _blocks(
+                        (number, place, row, identifier, whole), "sum", self._passes(len(whole), strategy)
+                    )
 
-    def _is_unreadable(self, variant: Variant) -> bool:
-        """Whether a variant's sequence is not known, or cannot be scored by the strategy."""
-        return variant.status == "indel" and (variant.sequence is None or self._by_table)
+    def _count(self, number: int, sheet: Sheet, strategy: Strategy) -> int:
+        """Count the variants of a sheet, and say about how many bytes its output will take.
 
-    def _blocks(self, sheet: int, place: int, row: int, identifier: str, sequence: str, what: str) -> Iterator[Block]:
-        passes = self.passes(len(sequence))
-        step = max(1, BLOCK_TOKENS // (len(sequence) + 2))
-        total = max(passes, 1)
-        for start in range(0, total, step):
-            yield Block(sheet, place, row, identifier, sequence, what, passes, start, min(start + step, total))
+        Raises:
+            InputError: a measurement is not a number; names table and row.
+        """
+        total = 0
+        if self.heat_map and self._knows_singles(sheet.source, strategy):
+            drawn = MOST_PICTURES - (0 if self.makes_folder else number)
+            total += sum(picture_bytes(len(sequence)) for _, sequence in sheet.wild_types[: max(drawn, 0)])
+        if sheet.source is None:
+            for identifier, sequence in sheet.wild_types:
+                rows = sum(len(STANDARD_RESIDUES) - (letter in STANDARD_RESIDUES) for letter in sequence)
+                self._variants += rows
+                total += rows * (len(identifier) + len(str(len(sequence) + self.offset_idx)) + 4 + _OUR_BYTES)
+            return total
+        for row, _, mutant, values, variant in self._variants_of(sheet):
+            self._variants += 1
+            if (column := self._measurement_in(list(values))) is not None:
+                measurement(values, column, f"{sheet.source}, row {row:,}")
+            theirs = values.values() if values else ("", mutant)
+            total += sum(len(value) + 1 for value in theirs) + _OUR_BYTES + len(variant.reason)
+        return total
+
+    @staticmethod
+    def _knows_singles(source: VariantSource, strategy: Strategy) -> bool:
+        """Whether the strategy finds the score of every single substitution."""
+        return strategy in MARGINAL or source is None
 
     def about(self, report: FastaReport) -> str:
         """Variants and proteins."""
@@ -234,8 +237,9 @@ class Scorer(Tool[Block]):
         return self.model.refusal(self.longest(item))
 
     def num_bytes(self, item: Block) -> int:
-        """Of its part of the table, and of the rows made of it."""
-        return 40 * 40 if item.what == "sum" else 160 * (item.stop - item.start) * self._masked_at_once(item)
+        """Of the output that goes on its account, or of its table until then, whichever is more."""
+        table = 0 if item.what == "sum" else 110 * (item.stop - item.start) * self._masked_at_once(item)
+        return max(item.output, table)
 
     def _masked_at_once(self, item: Block) -> int:
         return 1 if item.what == "check" else -(-len(item.sequence) // max(item.passes, 1))
@@ -283,36 +287,19 @@ class Scorer(Tool[Block]):
     def scores(self, results: Iterable[tuple[Block, Result]]) -> Iterator[tuple[int, Readings, Iterator[Score]]]:
         """For each sheet its number, what was read for it, and its variants with their scores, in order."""
         for number, group in itertools.groupby(results, key=lambda pair: pair[0].sheet):
-            readings = Readings.gather(group, by_table=self._by_table)
+            by_table = self._strategy_of(number) in MARGINAL
+            readings = Readings.gather(group, by_table=by_table)
+            if not by_table and self._source(number) is None and readings.failed(0, 0) is None:
+                readings.take_rows_as_singles(0)
             yield number, readings, self._scores_of(number, readings)
 
     def _scores_of(self, number: int, readings: Readings) -> Iterator[Score]:
         sheet = Sheet(tuple(zip(readings.ids, readings.sequences, strict=True)), self._source(number))
-        if sheet.source is None and not self._by_table and readings.failed(0, 0) is None:
-            readings.rank_among_rows(0)
         for row, place, mutant, values, variant in self._variants_of(sheet):
             identifier = readings.ids[place] if place >= 0 else values.get("id", "")
             score = Score(identifier, row, mutant, variant.status, reason=variant.reason, values=values)
             is_scored = variant.status in ("ok", "indel", "synonymous")
-            yield self._scored(score, place, variant, readings) if is_scored else score
-
-    def _scored(self, score: Score, place: int, variant: Variant, readings: Readings) -> Score:
-        about = (score.id, score.row, score.mutant)
-        if self._is_unreadable(variant):
-            reason = variant.reason if variant.sequence is None else f"{self.strategy} scores substitutions only"
-            return Score(*about, "indel", reason=reason, values=score.values)
-        reason = readings.failed(place, score.row)
-        if reason is not None:
-            return Score(*about, "unread", reason=reason, values=score.values)
-        if variant.status == "synonymous":
-            return Score(*about, "synonymous", 0.0, readings.percentile(place, 0.0), False, "", score.values, 0)
-        if self._by_table:
-            value, is_low = readings.by_table(place, variant)
-        else:
-            value, is_low = readings.by_sequence(place, score.row)
-        mutations = len(variant.substitutions) if variant.sequence is None else None
-        percentile = readings.percentile(place, value)
-        return Score(*about, "ok", value, percentile, is_low, "", score.values, mutations, _in_blosum62(variant))
+            yield scored(score, place, variant, readings, self._strategy_of(number)) if is_scored else score
 
     def _source(self, number: int) -> VariantSource:
         return self.sources[min(number, len(self.sources) - 1)]
@@ -369,6 +356,8 @@ class Scorer(Tool[Block]):
         failed: list[tuple[int, str, str]] = []
         agreements: dict[str, list[dict[str, Any]]] = {}
         checks: list[float] = []
+        passes: list[tuple[int, int]] = []
+        knows_singles = True
         with ExitStack() as stack:
             writer: Any = None
             for number, readings, scores in self.scores(results):
@@ -380,31 +369,40 @@ class Scorer(Tool[Block]):
                     writer = csv.writer(stream, lineterminator="\n")
                     theirs = [f"input_{name}" if name in OUR_COLUMNS else name for name in columns]
                     writer.writerow([*theirs, *OUR_COLUMNS])
-                measured = _Measurements()
+                measured = Measurements()
+                column = self._measurement_in(columns)
                 for score in scores:
                     own = {"id": score.id, "mutant": score.mutant}
                     theirs = [score.values.get(name, own.get(name, "")) for name in columns]
-                    writer.writerow([*theirs, *_cells(score)])
+                    writer.writerow([*theirs, *cells(score)])
                     counts[score.status] += 1
-                    measured.add(score, self._measurement_in(columns))
+                    _note(measured, score, column, f"{self._source(number)}, row {score.row:,}")
                     if score.status not in HARMLESS:
                         failed.append((score.row, score.mutant, f"{score.status}: {score.reason}"))
-                if len(measured.scores):
+                if len(measured):
                     agreements[stem.name] = measured.agreement()
                 checks += [] if (found := readings.agreement_of_stripes()) is None else [found]
-                if self.heat_map and self._by_table:
-                    self._draw(readings, stem)
+                strategy = self._strategy_of(number)
+                passes += [(self._passes(len(sequence), strategy), len(sequence)) for sequence in readings.sequences]
+                knows_singles &= self._knows_singles(self._source(number), strategy)
+                if self.heat_map:
+                    self._draw(readings, stem, strategy)
         figures: dict[str, Any] = {
             "notice": "not for clinical use",
             "strategy": self.strategy,
             "statuses": dict(sorted(counts.items())),
+            "proteins": len(passes),
+            "masked": sum(number > 0 for number, _ in passes),
+            "striped": sum(0 < number < length for number, length in passes),
+            "percentiles": knows_singles,
         }
         if agreements:
             figures["agreement"] = agreements
         if checks:
             figures["stripes_agreement"] = {"spearman": float(np.mean(checks)), "proteins": len(checks)}
         if self.makes_folder and agreements:
-            _write_summary(path / "agreement.csv", agreements)
+            strategies = {name: self._strategy_of(number) for number, name in enumerate(self.names)}
+            write_agreements(path / "agreement.csv", agreements, strategies)
         return Written(counts.total(), failed, figures)
 
     def _columns(self, number: int) -> list[str]:
@@ -415,110 +413,58 @@ class Scorer(Tool[Block]):
         """The column with measurements, if there is one."""
         return self.measurement_column or ("DMS_score" if "DMS_score" in columns else None)
 
-    def _draw(self, readings: Readings, stem: Path) -> None:
+    def _draw(self, readings: Readings, stem: Path, strategy: Strategy) -> None:
         for place, (identifier, sequence) in enumerate(zip(readings.ids, readings.sequences, strict=True)):
             number = place + 1 if self.makes_folder else readings.sheet + place + 1
-            if number > MOST_PICTURES or readings.failed(place, 0) is not None:
+            if number > MOST_PICTURES or readings.failed(place, 0) is not None or not readings.knows_singles(place):
                 continue
             picture = stem.with_name(f"{stem.name}.png" if number == 1 else f"{stem.name}-{number}.png")
             log_odds = readings.log_odds(place)[:, [STANDARD_RESIDUES.index(letter) for letter in ORDER]]
-            title = f"{identifier or 'protein'}: {self.strategy}, {self.model.name}"
+            title = f"{identifier or 'protein'}: {strategy}, {self.model.name}"
             plot_saturation(log_odds, sequence, picture, title=title, first=self.offset_idx)
 
+    def beside(self, path: Path) -> Sequence[str]:
+        """The picture of the first protein; how many there are is not known before."""
+        if self.makes_folder or not self.heat_map:
+            return []
+        return [f"{path.stem}.png"] if self._knows_singles(self._source(0), self._strategy_of(0)) else []
+
     def methods(self, outcome: Outcome) -> str:
-        """Two sentences and the notice."""
-        figures = outcome.figures
-        scored = figures["statuses"].get("ok", 0) + figures["statuses"].get("synonymous", 0)
-        how = {
-            "masked-marginals": "log-odds of the new against the old residue, summed over the mutated positions, each masked in "
-            "the wild type",
-            "wt-marginals": "log-odds of the new against the old residue, summed over the mutated positions, given the wild type",
-            "pseudo-ppl": "difference between the pseudo-log-likelihoods of the mutated sequence and the wild type",
-            "likelihood": "difference between the log-likelihoods of the mutated sequence and the wild type",
-        }[self.strategy]
-        return (
-            f"{scored:,} protein variants were scored with performers {__version__} and the protein language model "
-            f"{self.model.name} ({self.model.num_parameters:,} parameters) by {self.strategy}: {how} (Meier et al., 2021). "
-            f"Every sequence was read {self.model.company()}. "
-            f"Proteins above {LONGEST_WITHOUT_STRIPES:,} residues were masked in {STRIPES} stripes unless stated otherwise, and "
-            "scores were put on the scale of all single substitutions of the same protein. Not for clinical use."
-        )
+        """Two sentences."""
+        return methods(self.model, self._used, self.stripes or STRIPES, outcome.figures)
 
 
-class _Measurements:
-    """The variants of a sheet that have both a score and a measurement."""
-
-    def __init__(self) -> None:
-        self.scores, self._measured, self._bins, self._mutations = array("d"), array("d"), array("d"), array("q")
-        self._baseline = array("d")
-
-    def add(self, score: Score, column: str | None) -> None:
-        """Note a variant.
-
-        Raises:
-            InputError: its measurement is not a number.
-        """
-        measured = None if column is None else measurement(score.values, column, score.row)
-        if measured is None or score.score is None or score.mutations == 0:
-            return
-        self.scores.append(score.score)
-        self._measured.append(measured)
-        self._baseline.append(np.nan if score.blosum62 is None else score.blosum62)
-        binned = score.values.get("DMS_score_bin", "")
-        self._bins.append(float(binned) if binned in ("0", "1", "0.0", "1.0") else np.nan)
-        # Insertions and deletions have no number of mutations: they count among the many.
-        self._mutations.append(10**6 if score.mutations is None else score.mutations)
-
-    def agreement(self) -> list[dict[str, Any]]:
-        """The figures; measurements above the median are positive where the table does not say which are."""
-        measured, bins = np.array(self._measured), np.array(self._bins)
-        is_positive = bins == 1 if np.isfinite(bins).all() else measured > np.median(measured)
-        others = np.array(self._baseline)
-        return agreement(np.array(self.scores), measured, is_positive, np.array(self._mutations), others)
-
-
-def _in_blosum62(variant: Variant) -> float | None:
-    if variant.sequence is not None:
-        return None
-    pairs = [STANDARD_RESIDUES.find(letter) for _, *letters in variant.substitutions for letter in letters]
-    return None if min(pairs) < 0 else float(_BLOSUM62[pairs[::2], pairs[1::2]].sum())
-
-
-def measurement(values: dict[str, str], column: str, row: int) -> float | None:
-    """The measurement in a row of a table; None where the cell is empty.
+def _strategy_for(model: LanguageModel, name: Strategy | None) -> Strategy:
+    """The strategy of that name, or the usual one for a model.
 
     Raises:
-        InputError: the cell holds something else than a number.
+        InputError: there is none of that name.
+        UnsupportedError: the model cannot do it.
     """
-    text = values.get(column, "")
-    if text.lower() in ("", "na", "nan", "none", "null"):
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = np.nan
-    if not np.isfinite(value):
-        raise InputError(f"Row {row:,}: {column} is {text!r}; expected a number or nothing.")
-    return value
+    if name not in (None, *STRATEGIES):
+        raise InputError(f"scoring-strategy is {name!r}: expected one of {', '.join(STRATEGIES)}.")
+    strategy: Strategy = name or ("likelihood" if model.is_causal else "masked-marginals")
+    if model.is_causal and strategy != "likelihood":
+        raise UnsupportedError(
+            f"{model.folder} is a causal model, which cannot do {strategy}: expected --scoring-strategy likelihood."
+        )
+    if strategy in ("masked-marginals", "pseudo-ppl") and not model.can_mask:
+        raise UnsupportedError(f"{model.folder} has no mask token, which {strategy} needs.")
+    return strategy
 
 
-def _cells(score: Score) -> list[str]:
-    return [
-        score.status,
-        "" if score.score is None else f"{score.score:.6f}",
-        "" if score.percentile is None else f"{score.percentile:.2f}",
-        "" if score.low_confidence is None else str(score.low_confidence).lower(),
-        score.reason,
-    ]
+def _blocks(where: tuple[int, int, int, str, str], what: str, passes: int) -> Iterator[Block]:
+    """The blocks of a sequence: sheet, wild type, row, identifier and the sequence itself."""
+    step = max(1, BLOCK_TOKENS // (len(where[-1]) + 2))
+    total = max(passes, 1)
+    for start in range(0, total, step):
+        yield Block(*where, what, passes, start, min(start + step, total))
 
 
-def _write_summary(path: Path, agreements: dict[str, list[dict[str, Any]]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["assay", "mutations", "variants", "spearman", "low", "high", "blosum62", "auc", "ndcg"])
-        for name, rows in agreements.items():
-            for row in rows:
-                low, high = row["interval"] or (None, None)
-                found = (row["spearman"], low, high, row["baseline"], row["auc"], row["ndcg"])
-                figures = ["" if value is None else f"{value:.6f}" for value in found]
-                writer.writerow([name, row["mutations"], row["variants"], *figures])
+def _note(measured: Measurements, score: Score, column: str | None, where: str) -> None:
+    """Set a score against its measurement, where it has one and the protein is another."""
+    value = None if column is None else measurement(score.values, column, where)
+    if value is None or score.score is None or score.mutations == 0:
+        return
+    binned = score.values.get("DMS_score_bin", "")
+    measured.add(score.score, value, binned, score.mutations, (score.blosum62, score.blosum62_change))

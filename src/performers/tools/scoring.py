@@ -50,7 +50,8 @@ def score(
         model: a masked or causal language model: its folder, or opened; None for the bundled masked one.
         device, dtype, context: as in `LanguageModel.open`, for a folder.
         max_length, on_invalid: as in `read_proteins`.
-        options: those of `Scorer` from `strategy` to `toks_per_batch`.
+        options: those of `Scorer` from `strategy` to `toks_per_batch`. Without a strategy, a table with insertions or
+            deletions is scored by pseudo-ppl.
 
     Raises:
         InputError: an argument, a protein or a table is not valid. What is wrong with a single variant is its status.
@@ -94,13 +95,14 @@ def score_to(
         device, dtype, context: as in `LanguageModel.open`.
         dry_run, restart: as in `run_tool`.
         engine, workers: where the work is done; as in `performers.tools.engine.choose_engine`.
-        options: those of `Scorer`.
+        options: those of `Scorer`. Without a strategy, each table with insertions or deletions is scored by pseudo-ppl.
 
     Raises:
         InputError, RunError: as in `score` and `run_tool`.
     """
     is_folder = proteingym is not None
-    if is_folder == bool(Path(output).suffix):
+    suffix = Path(output).suffix.lower()
+    if suffix if is_folder else suffix != ".csv":
         raise InputError(f"{output}: expected {'a folder' if is_folder else 'a file whose name ends in .csv'}.")
     if (wild_type is None) != is_folder:
         raise InputError("Expected either --wild-type or --proteingym.")
@@ -168,6 +170,8 @@ def _scorer(
         return Scorer(model, saturations, strategy=strategy, **options)
     read = FastaReport()
     sheet = Sheet(tuple(proteins(read)), variants)
+    if not sheet.wild_types:
+        raise InputError(f"{wild_type} has no protein that can be read; expected a wild type.")
     if isinstance(variants, tuple):
         if len(sheet.wild_types) > 1:
             raise InputError(
@@ -177,11 +181,11 @@ def _scorer(
             raise InputError("There are no variants to score.")
     else:
         read.inputs.append(_checked_table(variants))
-        if strategy is None and not model.is_causal and _has_indels(sheet):
-            strategy = "pseudo-ppl"
+        strategy = strategy or _strategy_for(model, sheet)
 
     def sheets(report: FastaReport) -> Iterator[Sheet]:
         report.inputs += read.inputs
+        report.left_out += read.left_out
         yield sheet
 
     return Scorer(model, sheets, strategy=strategy, sources=(variants,), **options)
@@ -199,20 +203,21 @@ def _assay_scorer(
 ) -> Scorer:
     """The tool for ProteinGym's assays: (name, wild type, table)."""
     records = [Record(name, "", sequence, number) for number, (name, sequence, _) in enumerate(assays, start=1)]
-    proteins = _single_chains(records, max_length, on_invalid, FastaReport())
-    made = [Sheet((protein,), path) for protein, (_, _, path) in zip(proteins, assays, strict=True)]
+    read = FastaReport()
+    wild_types = dict(_single_chains(records, max_length, on_invalid, read))
+    assays = [assay for assay in assays if assay[0] in wild_types]
+    made = [Sheet(((name, wild_types[name]),), path) for name, _, path in assays]
     inputs = [_checked_table(path) for path in (reference, *(path for _, _, path in assays))]
 
     def sheets(report: FastaReport) -> Iterator[Sheet]:
         report.inputs += inputs
+        report.left_out += read.left_out
         return iter(made)
 
-    if strategy is None and not model.is_causal and any(_has_indels(sheet) for sheet in made):
-        strategy = "pseudo-ppl"
     return Scorer(
         model,
         sheets,
-        strategy=strategy,
+        strategy=strategy or [_strategy_for(model, sheet) for sheet in made],
         sources=[path for _, _, path in assays],
         names=[name for name, _, _ in assays],
         **options,
@@ -240,6 +245,11 @@ def _checked_table(path: str | Path) -> InputFile:
     if next(read_table(path).rows, None) is None:
         raise InputError(f"{path} has no rows; expected at least one variant.")
     return InputFile(str(path), Path(path).stat().st_size, sha256_of(Path(path)))
+
+
+def _strategy_for(model: LanguageModel, sheet: Sheet) -> Strategy | None:
+    """pseudo-ppl for a table with insertions or deletions and a masked model; else None, which is the model's usual one."""
+    return "pseudo-ppl" if not model.is_causal and _has_indels(sheet) else None
 
 
 def _has_indels(sheet: Sheet) -> bool:

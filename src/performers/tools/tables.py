@@ -67,13 +67,14 @@ def read_table(source: str | Path) -> Table:
 
 
 def _text(path: Path) -> Table:
+    csv.field_size_limit(_MAX_LINE)  # a process has one limit, and the usual one is shorter than long proteins
     try:
         with _open(path) as stream:
-            header = stream.readline(_MAX_LINE)
+            header = next(_lines(path, stream), "")
+        delimiter = "\t" if "\t" in header and "," not in header.partition("\t")[0] else ","
+        columns = tuple(name.strip() for name in next(csv.reader([header], delimiter=delimiter), []))
     except _READ_ERRORS as error:
         raise InputError(f"{path} cannot be read as a table: {error}.") from None
-    delimiter = "\t" if "\t" in header and "," not in header.partition("\t")[0] else ","
-    columns = tuple(name.strip() for name in next(csv.reader([header], delimiter=delimiter), []))
     if not any(columns):
         raise InputError(f"{path} is empty; expected a header that names the columns, and rows.")
     if len(set(columns)) < len(columns):
@@ -82,7 +83,6 @@ def _text(path: Path) -> Table:
 
 
 def _text_rows(path: Path, columns: tuple[str, ...], delimiter: str) -> Iterator[tuple[int, dict[str, str]]]:
-    csv.field_size_limit(_MAX_LINE)  # a process has one limit, and the usual one is shorter than long proteins
     number = 0
     try:
         with _open(path) as stream:
@@ -131,10 +131,17 @@ def _parquet(path: Path) -> Table:
 
     def rows() -> Iterator[tuple[int, dict[str, str]]]:
         number = 0
-        for batch in file.iter_batches(_PARQUET_ROWS):
-            for values in batch.to_pylist():
-                number += 1
-                yield number, {name: "" if values[name] is None else str(values[name]) for name in columns}
+        try:
+            for batch in file.iter_batches(_PARQUET_ROWS):
+                for values in batch.to_pylist():
+                    number += 1
+                    texts = {name: "" if values[name] is None else str(values[name]) for name in columns}
+                    if any("\0" in text for text in texts.values()):
+                        raise InputError(f"{path}, row {number:,} holds a NUL byte; expected text.")
+                    yield number, texts
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            what = " ".join(str(error).split())
+            raise InputError(f"{path} cannot be read after {number:,} rows: {what}.") from None
 
     return Table(str(path), columns, rows())
 

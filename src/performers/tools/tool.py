@@ -29,6 +29,7 @@ class Tool(abc.ABC, Generic[Item]):
     Attributes:
         command: the verb, as in `performers VERB`.
         noun: what an item is, in the plural, for people.
+        entries: what an output lists, in the plural, where that is something else than its items.
         shard_tokens: about how many tokens are read before results are saved, and memory is free again.
         makes_folder: whether the output is a folder rather than a file.
         model: what reads.
@@ -36,6 +37,7 @@ class Tool(abc.ABC, Generic[Item]):
 
     command: ClassVar[str]
     noun: ClassVar[str] = "records"
+    entries: ClassVar[str] = ""
     shard_tokens: ClassVar[int] = 131_072
     makes_folder: bool = False
     model: LanguageModel
@@ -96,9 +98,22 @@ class Tool(abc.ABC, Generic[Item]):
             What was written, where that is something else than a result for each item that has one.
         """
 
+    def beside(self, path: Path) -> Sequence[str]:
+        """The names of the files that `write` puts beside the output at `path`, as far as they are known before."""
+        return ()
+
     @abc.abstractmethod
     def methods(self, outcome: Outcome) -> str:
         """What was done, in two sentences fit for a methods section."""
+
+    def tally(self, outcome: Outcome) -> str:
+        """How many failed, for people."""
+        return f"{len(outcome.failed):,} of {outcome.items:,} {self.entries or self.noun} failed"
+
+    @property
+    def references(self) -> str:
+        """The BibTeX of the papers that `methods` names, besides those of Performers."""
+        return ""
 
 
 @dataclass(frozen=True)

@@ -35,13 +35,16 @@ from performers.tools.tool import Item, Result, Tool
 from performers.training.runs import describe_file
 
 SAMPLES = 8
+BESIDE = "beside.json"
+"""What has been put beside the output; `performers.tools.beside` reads and writes it."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """What there is to do, as it is written down.
 
-    A shard is the place of its first item in `items.jsonl`, and the number of its items and tokens.
+    A shard is the place of its first item in `items.jsonl`, and the number of its items and tokens. Left out are number,
+    identifier and reason of each record that gave no item, where that was asked for.
     """
 
     items: int
@@ -53,6 +56,7 @@ class Plan:
     samples: list[Any]
     inputs: list[dict[str, Any]]
     remarks: list[str]
+    left_out: list[tuple[int, str, str]]
     settings: dict[str, Any]
 
 
@@ -78,12 +82,12 @@ class Work:
             shutil.rmtree(self.folder)
 
     def clear(self) -> None:
-        """Remove everything but the claim on the folder."""
+        """Remove everything but the claim on the folder, and the note of what stands beside the output."""
         self._plan.unlink(missing_ok=True)
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path != self._lock:
+            elif path.name not in (self._lock.name, BESIDE):
                 path.unlink()
 
     @contextmanager
@@ -123,7 +127,8 @@ class Work:
         if not self.exists:
             return self._make_plan(tool)
         content = json.loads(self._plan.read_text(encoding="utf-8"))
-        plan = Plan(**{**content, "shards": [tuple(shard) for shard in content["shards"]]})
+        lists = {name: [tuple(entry) for entry in content[name]] for name in ("shards", "left_out")}
+        plan = Plan(**{**content, **lists})
         different = [key for key, value in self._settings.items() if plan.settings.get(key) != value]
         advice = "finish that, or start anew with --restart"
         if different:
@@ -164,7 +169,8 @@ class Work:
             if in_shard:
                 shards.append((start, in_shard, shard_tokens))
         if not count:
-            raise InputError(f"There are no {tool.noun} to work on in {', '.join(self._sources)}.")
+            why = f": all {report.skipped:,} records were left out" if report.skipped else ""
+            raise InputError(f"There are no {tool.entries or tool.noun} to work on in {', '.join(self._sources)}{why}.")
         if refused == count:
             raise InputError(f"None of the {count:,} {tool.noun} can be read, first {refusal}.")
         inputs = [{"name": file.name, "num_bytes": file.num_bytes, "sha256": file.sha256} for file in report.inputs]
@@ -178,6 +184,7 @@ class Work:
             samples=samples,
             inputs=inputs,
             remarks=report.remarks(),
+            left_out=report.left_out,
             settings=self._settings,
         )
         write_file(self._plan, json.dumps(vars(plan)))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout  # no public name in the supported versions
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from performers.attention import SequenceGroup, SequenceShard
@@ -213,7 +214,7 @@ def join_world(device: str, sharding: str = "none", sequence_parallel: int = 1) 
     if chosen.type == "cuda":
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
-    store, rank, _ = next(dist.rendezvous("env://", timeout=_MEETING))
+    store, rank, _ = next(rendezvous("env://", timeout=_MEETING))
     if "TORCHELASTIC_RUN_ID" in os.environ:
         store = meet(store, rank, size, _MEETING)
     backend = "nccl" if chosen.type == "cuda" else "gloo"

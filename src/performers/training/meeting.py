@@ -11,7 +11,7 @@ import time
 import uuid
 from datetime import timedelta
 
-from torch import distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store  # torch.distributed has them, and declares neither
 
 from performers.errors import RunError
 
@@ -19,7 +19,7 @@ _LEADER = "performers/leader"
 _PAUSE = 0.01  # seconds
 
 
-def meet(store: dist.Store, rank: int, size: int, patience: timedelta) -> dist.Store:
+def meet(store: Store, rank: int, size: int, patience: timedelta) -> Store:
     """The part of `store` that belongs to this attempt of `size` processes; all of them ask.
 
     The first process, whose name is new, waits until each of the others has answered to that name, and lists the answers, which
@@ -43,12 +43,12 @@ def meet(store: dist.Store, rank: int, size: int, patience: timedelta) -> dist.S
         if rank == 0:
             if all(store.check([key]) for key in others):
                 store.set(f"performers/{own}/all", " ".join(store.get(key).decode() for key in others))
-                return dist.PrefixStore(own, store)
+                return PrefixStore(own, store)
         elif store.check([_LEADER]):
             leader = store.get(_LEADER).decode()
             store.set(f"performers/{leader}/{rank}", own)
             everyone = f"performers/{leader}/all"
             if store.check([everyone]) and own in store.get(everyone).decode().split():
-                return dist.PrefixStore(leader, store)
+                return PrefixStore(leader, store)
         time.sleep(_PAUSE)
     raise RunError(f"The {size} processes of the run did not meet within {patience.total_seconds():.0f} seconds.")

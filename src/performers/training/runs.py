@@ -63,6 +63,7 @@ class RunRecord:
         seed: the seed of everything random, or None where nothing is.
         device: the device the work runs on.
         inputs: what was read, one `describe_file` each; may be given later by `inputs`.
+        references: BibTeX of what else the command rests on, for `cite.bibtex`.
         announce: write the record when the work begins and when it fails, too; False where the folder is not yet the command's.
     """
 
@@ -75,10 +76,12 @@ class RunRecord:
         seed: int | None,
         device: str,
         inputs: Iterable[dict[str, Any]] = (),
+        references: str = "",
         announce: bool = True,
     ) -> None:
         self._path = folder / "run.json"
         self._announce = announce
+        self._citations = "\n".join(filter(None, [CITATION, references]))
         self._content: dict[str, Any] = {
             "command": command,
             "arguments": arguments,
@@ -142,7 +145,7 @@ class RunRecord:
             return
         content = {**self._content, "sessions": [*self._content["sessions"], self._session]}
         write_file(self._path, json.dumps(content, indent=1, default=str) + "\n")
-        write_file(self._path.with_name("cite.bibtex"), CITATION)
+        write_file(self._path.with_name("cite.bibtex"), self._citations)
 
 
 def _energy_tracker() -> Any:

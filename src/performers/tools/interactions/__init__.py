@@ -9,5 +9,5 @@ From the bottom up:
 - `baselines`: what a model has to beat.
 - `scorer`: proteins ready to meet, pair by pair or in groups.
 - `training` and `learning`: `interact train`, a `Task` of the one training loop.
-- `prediction`: `interact predict`, a `Tool`.
+- `prediction` and `outputs`: `interact predict`, a `Tool`, and the files it leaves.
 """

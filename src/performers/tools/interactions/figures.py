@@ -85,7 +85,8 @@ def measure(scores: Mapping[str, _Floats], labels: _Ints, pairs: _Ints, *, seed:
 
     Returns:
         pairs, positives, proteins, base_rate; under "systems" for each: auroc, aupr, accuracy, their 95 % intervals,
-        aupr_per_protein, and "behind": the interval of the AUROC of `first` minus its own.
+        aupr_per_protein, and "behind": the interval of the AUROC of `first` minus its own. An interval is None where no resample
+        had both labels.
     """
     curves = {name: Curve(values, labels) for name, values in scores.items()}
     drawn = np.array(
@@ -96,10 +97,10 @@ def measure(scores: Mapping[str, _Floats], labels: _Ints, pairs: _Ints, *, seed:
     for column, (name, curve) in enumerate(curves.items()):
         system: dict[str, Any] = {}
         for place, (key, value) in enumerate(zip(("auroc", "aupr", "accuracy"), curve.figures(), strict=True)):
-            system |= {key: value, f"{key}_interval": interval(drawn[:, column, place])}
+            system |= {key: value, f"{key}_interval": _interval(drawn[:, column, place])}
         system["aupr_per_protein"] = per_protein(scores[name], labels, pairs)
         if name != first:
-            system["behind"] = interval(reference - drawn[:, column, 0])
+            system["behind"] = _interval(reference - drawn[:, column, 0])
         systems[name] = system
     return {
         "pairs": len(labels),
@@ -108,6 +109,10 @@ def measure(scores: Mapping[str, _Floats], labels: _Ints, pairs: _Ints, *, seed:
         "base_rate": float(labels.mean()),
         "systems": systems,
     }
+
+
+def _interval(values: _Floats) -> list[float] | None:
+    return interval(values) if np.isfinite(values).any() else None
 
 
 def interval(values: _Floats) -> list[float]:
@@ -149,7 +154,18 @@ def verdict(figures: Mapping[str, Any] | None, first: str) -> str:
     if figures is None:
         return NOT_MEASURED
     others = [system for name, system in figures["systems"].items() if name != first]
-    return BETTER if all(system["behind"][0] > 0 for system in others) else NO_BETTER
+    return BETTER if all(system["behind"] and system["behind"][0] > 0 for system in others) else NO_BETTER
+
+
+def with_interval(system: Mapping[str, Any], key: str) -> str:
+    """A figure of a system and its interval, for people."""
+    low_high = system[f"{key}_interval"]
+    return f"{system[key]:.3f}" + ("" if low_high is None else " ({:.3f} to {:.3f})".format(*low_high))
+
+
+def ahead(system: Mapping[str, Any]) -> str:
+    """By how much the first system is ahead of another, an interval, for people; empty for the first itself."""
+    return "{:+.3f} to {:+.3f}".format(*system["behind"]) if system.get("behind") else ""
 
 
 def calibration(probabilities: _Floats, labels: _Ints) -> dict[str, Any]:

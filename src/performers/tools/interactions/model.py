@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from performers.errors import CheckpointError, InputError, UnsupportedError
 from performers.folders import MANIFEST, sha256_of, verify_folder
 from performers.models.bundled import WEIGHTS, name_of
+from performers.tools.interactions.figures import ahead, with_interval
 from performers.tools.language_model import LanguageModel
 from performers.training.checkpoint import weights_files
 from performers.training.run_folder import GENERATOR, OPTIMIZER
@@ -306,9 +307,6 @@ def figures_table(figures: dict[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     for name, system in figures["systems"].items():
-        behind = "" if "behind" not in system else "{:+.3f} to {:+.3f}".format(*system["behind"])
-        cells = [
-            "{:.3f} ({:.3f} to {:.3f})".format(system[key], *system[f"{key}_interval"]) for key in ("auroc", "aupr")
-        ]
-        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {behind} |")
+        cells = [name, with_interval(system, "auroc"), with_interval(system, "aupr"), ahead(system)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])

@@ -1,8 +1,9 @@
 """Pairs and groups of proteins as people write them down: TSV in, checked rows out, and sets of pairs that do not leak.
 
 A pairs file has a line for each pair: two identifiers and, where it is known, a label (1: they interact, 0: they do not). A
-groups file has a line for each member: the group, and an identifier. Tabs (or commas) separate; a header line is allowed, gzip
-too. What cannot be used is not dropped in silence: it goes to a list, with the row and the reason. Nothing here knows of models.
+groups file has a line for each member: the group, and an identifier. Tabs (or commas) separate; gzip is taken, and a header line,
+if it is one of the usual ones and names no known protein. What cannot be used is not dropped in silence: it goes to a list, with
+the row and the reason. Nothing here knows of models.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import csv
 import gzip
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, TextIO, TypeAlias, cast
@@ -26,25 +27,14 @@ from performers.randomness import derive_seed
 By: TypeAlias = Literal["cluster", "random"]
 SETS = ("train", "selection", "test")
 
-# What a first line has to say to be taken for a header; a line that could be a pair is one.
+# The first lines, in lower case, that are taken for a header; any other is a row.
 _LABELS = {"label", "labels", "interaction", "interacts", "class", "y", "prob"}
-_NAMES = {
-    *(
-        "p0",
-        "p1",
-        "protein1",
-        "protein2",
-        "protein_a",
-        "protein_b",
-        "protein a",
-        "protein b",
-        "id1",
-        "id2",
-        "id_a",
-        "id_b",
-    ),
-    *("group", "complex", "id", "protein", "member"),
+_PAIR_HEADERS = {("p0", "p1"), ("a", "b")} | {
+    (f"{stem}{first}", f"{stem}{second}")
+    for stem in ("protein", "protein_", "protein ", "id", "id_")
+    for first, second in (("1", "2"), ("a", "b"))
 }
+_GROUP_HEADERS = {(group, member) for group in ("group", "complex") for member in ("id", "protein", "member")}
 _LONGEST_LINE = 1 << 20
 _ATTEMPTS = 20  # at a split that has both labels in every set
 _READ_ERRORS = (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error)
@@ -72,11 +62,13 @@ class Group(NamedTuple):
         number: of its first row.
         name: of the group.
         members: identifiers, in the order of the file, each once.
+        repeated: row and identifier of each line that names a member again.
     """
 
     number: int
     name: str
     members: tuple[str, ...]
+    repeated: tuple[tuple[int, str], ...] = ()
 
 
 class LeftOut(NamedTuple):
@@ -87,18 +79,29 @@ class LeftOut(NamedTuple):
     reason: str
 
 
-def read_pairs(path: str | Path, *, labelled: bool = False) -> Iterator[Pair]:
+def require_table(path: str | Path) -> None:
+    """Refuse a path that is no file.
+
+    Raises:
+        InputError: it is none.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path} does not exist; expected a table with tabs between its columns.")
+
+
+def read_pairs(path: str | Path, known: Collection[str] = (), *, labelled: bool = False) -> Iterator[Pair]:
     """The pairs of a file, in order and in bounded memory.
 
     Arguments:
         path: the file.
+        known: identifiers of proteins; a first line of two columns that names one is a pair, however much it looks like a header.
         labelled: whether every row must have a label; otherwise all rows have one, or none.
 
     Raises:
         InputError: the file is missing, empty or damaged, or a row is no pair; names file and row.
     """
     columns = None
-    for number, fields in _rows(path):
+    for number, fields in _rows(path, lambda fields: _heads_pairs(fields, known)):
         if columns is None:
             columns = len(fields)
             if columns not in ((3,) if labelled else (2, 3)):
@@ -127,31 +130,48 @@ def _label(path: str | Path, number: int, text: str) -> int:
     return int(value)
 
 
-def read_groups(path: str | Path) -> Iterator[Group]:
+def _heads_pairs(fields: Sequence[str], known: Collection[str]) -> bool:
+    lower = [field.lower() for field in fields]
+    is_usual, is_strange = tuple(lower[:2]) in _PAIR_HEADERS, not any(field in known for field in fields[:2])
+    if len(lower) == 3:
+        return lower[2] in _LABELS and (is_usual or is_strange)
+    return len(lower) == 2 and is_usual and is_strange
+
+
+def read_groups(path: str | Path, known: Collection[str] = ()) -> Iterator[Group]:
     """The groups of a file, in the order of their first rows.
+
+    Arguments:
+        path: the file.
+        known: as in `read_pairs`.
 
     Raises:
         InputError: as `read_pairs`.
     """
-    groups: dict[str, tuple[int, dict[str, None]]] = {}
-    for number, fields in _rows(path):
+    groups: dict[str, tuple[int, dict[str, None], list[tuple[int, str]]]] = {}
+    for number, fields in _rows(path, lambda fields: _heads_groups(fields, known)):
         if len(fields) != 2 or not fields[0]:
             raise InputError(
                 f"{path}, row {number:,}: {_shown(fields)}; expected a group and an identifier, with a tab between them."
             )
-        members = groups.setdefault(fields[0], (number, {}))[1]
-        if fields[1]:  # a group without an identifier is empty, and reported as that
+        _, members, repeated = groups.setdefault(fields[0], (number, {}, []))
+        if fields[1] in members:
+            repeated.append((number, fields[1]))
+        elif fields[1]:  # a group without an identifier is empty, and reported as that
             members[fields[1]] = None
     if not groups:
         raise InputError(f"{path} has no groups; expected a line for each member: the group, a tab and an identifier.")
-    for name, (number, members) in groups.items():
-        yield Group(number, name, tuple(members))
+    for name, (number, members, repeated) in groups.items():
+        yield Group(number, name, tuple(members), tuple(repeated))
 
 
-def _rows(path: str | Path) -> Iterator[tuple[int, list[str]]]:
+def _heads_groups(fields: Sequence[str], known: Collection[str]) -> bool:
+    return tuple(field.lower() for field in fields) in _GROUP_HEADERS and fields[1] not in known
+
+
+def _rows(path: str | Path, is_header: Callable[[Sequence[str]], bool]) -> Iterator[tuple[int, list[str]]]:
     """The fields of each line that is not blank, numbered without the header."""
-    if not Path(path).is_file():
-        raise InputError(f"{path} does not exist; expected a table with tabs between its columns.")
+    require_table(path)
     number = 0
     try:
         with _open(Path(path)) as stream:
@@ -163,17 +183,12 @@ def _rows(path: str | Path) -> Iterator[tuple[int, list[str]]]:
                     continue
                 fields = [field.strip() for field in next(csv.reader([line], delimiter="\t" if "\t" in line else ","))]
                 was_first, is_first = is_first, False
-                if was_first and _is_header(fields):
+                if was_first and is_header(fields):
                     continue
                 number += 1
                 yield number, fields
     except _READ_ERRORS as error:
         raise InputError(f"{path} cannot be read after {number:,} rows: {error}.") from None
-
-
-def _is_header(fields: Sequence[str]) -> bool:
-    lower = [field.lower() for field in fields]
-    return lower[2] in _LABELS if len(lower) == 3 else len(lower) == 2 and set(lower) <= _NAMES
 
 
 def _open(path: Path) -> TextIO:
@@ -191,8 +206,8 @@ def _shown(fields: Sequence[str]) -> str:
 class Unknown:
     """Counts what is asked for and not there, so that each identifier is listed once, however many rows name it."""
 
-    def __init__(self, known: Collection[str], what: str) -> None:
-        self._known, self._what = known, what
+    def __init__(self, known: Collection[str], one: str) -> None:
+        self._known, self._one = known, one
         self._rows: dict[str, list[int]] = {}
 
     def refuses(self, number: int, *names: str) -> bool:
@@ -206,9 +221,12 @@ class Unknown:
     def left_out(self) -> list[LeftOut]:
         """One entry for each identifier that is not there."""
         return [
-            LeftOut(number, name, f"it is not among the proteins, and {count:,} {self._what} name it")
+            LeftOut(number, name, f"it is not among the proteins, and {self._naming(count)} it")
             for name, (number, count) in self._rows.items()
         ]
+
+    def _naming(self, count: int) -> str:
+        return f"1 {self._one} names" if count == 1 else f"{count:,} {self._one}s name"
 
 
 @dataclass(frozen=True)
@@ -240,12 +258,12 @@ def labelled_pairs(path: str | Path, index: dict[str, int]) -> Labelled:
     Raises:
         InputError: as `read_pairs`, or no pair is left.
     """
-    unknown = Unknown(index, "pairs")
+    unknown = Unknown(index, "pair")
     left_out: list[LeftOut] = []
     found: dict[tuple[int, int], tuple[int, int]] = {}
     contradictory: dict[tuple[int, int], None] = {}
     duplicates = 0
-    for pair in read_pairs(path, labelled=True):
+    for pair in read_pairs(path, index, labelled=True):
         if unknown.refuses(pair.number, pair.a, pair.b):
             continue
         i, j = sorted((index[pair.a], index[pair.b]))

@@ -253,11 +253,10 @@ class Interaction(Task[InteractConfig]):
             )
         counts = Counter(SETS[number] if number >= 0 else "between" for number in split.sets.tolist())
         if counts["between"]:
-            _say(
-                f"{counts['between']:,} of {len(labelled.pairs):,} pairs lie between two sets of proteins and are in none."
-            )
+            _say(f"Between two sets of proteins, and in none: {counts['between']:,} of {len(labelled.pairs):,} pairs.")
         if labelled.duplicates:
-            _say(f"{labelled.duplicates:,} rows repeat an earlier pair.")
+            rows = "1 row repeats" if labelled.duplicates == 1 else f"{labelled.duplicates:,} rows repeat"
+            _say(f"{rows} an earlier pair.")
         say_left_out(labelled.left_out, Path(config.output) / LEFT_OUT)
         names = list(known)
         rows = [
@@ -304,7 +303,8 @@ def say_left_out(left_out: list[LeftOut], path: Path) -> None:
     for number, name, reason in left_out[:5]:
         _say(f"Row {number:,} ({name}): {reason}.")
     if left_out:
-        _say(f"{len(left_out):,} such problems; {path} lists them, and the others are used.")
+        problems = "1 such problem" if len(left_out) == 1 else f"{len(left_out):,} such problems"
+        _say(f"{problems} in {path}; the other rows are used.")
 
 
 def _tsv(header: tuple[str, ...], rows: list[Any]) -> str:
