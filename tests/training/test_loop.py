@@ -14,6 +14,7 @@ from performers.errors import ConfigError, InputError, NonFiniteError
 from performers.models import PerformerForCausalLM, PerformerForMaskedLM
 from performers.randomness import derive_seed
 from performers.training import PretrainConfig, PretrainResult, evaluate, open_model
+from performers.training.configuration import read_config
 from performers.training.distributed import World
 from performers.training.language_modelling import micro_batches, new_model, redraw_interval
 from performers.training.run_folder import list_checkpoints, load_progress
@@ -62,6 +63,9 @@ def test_a_run_leaves_a_model_a_log_a_curve_and_a_record(
     assert result.steps == 4
     assert result.evaluations["validation"]["proteins"] == 5
     model = open_model(result.model)
+    # Tools warn beyond this length, also where the folder is moved away from its run.
+    contexts = [read_config(folder / "config.yaml")["context"] for folder in (result.model, run)]
+    assert contexts[0] == contexts[1]
     assert isinstance(model, PerformerForCausalLM if changes["objective"] == "clm" else PerformerForMaskedLM)
     assert model.config.mechanisms == (changes.get("attention") or ["favor", "favor"])
 

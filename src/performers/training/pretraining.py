@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import yaml
 
 from performers.data import Contexts, Corpus, FastaReport, build_corpus, in_memory_corpus, is_corpus_of, read_fasta
 from performers.data.pair_contexts import PairContexts, read_pairs
@@ -201,9 +202,12 @@ class Pretraining(Task[PretrainConfig]):
         self._tokenizer().save_pretrained(folder)
 
     def save(self, model: Any, folder: Path, *, finished: bool) -> None:
-        """A Hugging Face folder, tokenizer included."""
+        """A Hugging Face folder, tokenizer included; a finished one says what length it was trained on wherever it is moved."""
         self._tokenizer().save_pretrained(folder)
         model.save_pretrained(folder)
+        if finished:
+            settings = yaml.safe_dump({"context": self.config.context})
+            (folder / "config.yaml").write_text(settings, encoding="utf-8")
 
     def _tokenizer(self) -> Any:
         from performers.models import PerformerTokenizer
