@@ -31,6 +31,7 @@ TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
 # The interpreter takes a minute of a core for each of the slow ones.
 CHECKS = [
     "values",
+    pytest.param("further", marks=pytest.mark.slow),
     "rows_of or fast or supported or nothing",
     pytest.param("extreme or again or waves", marks=pytest.mark.slow),
     pytest.param("bit or state", marks=pytest.mark.slow),
@@ -153,8 +154,13 @@ def assert_equals_oracle(cell: Cell, scale: float = 0.5, tolerance: float | None
         assert_close(gradient, wanted, amplified, f"gradient of {name}", floor)
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=str)
+@pytest.mark.parametrize("cell", CELLS[::2], ids=str)
 def check_values_and_gradients_equal_the_oracle(cell: Cell) -> None:
+    assert_equals_oracle(cell)
+
+
+@pytest.mark.parametrize("cell", CELLS[1::2], ids=str)
+def check_further_cells(cell: Cell) -> None:
     assert_equals_oracle(cell)
 
 

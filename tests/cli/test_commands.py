@@ -97,13 +97,6 @@ def test_split_writes_sets_and_a_record(run: Run, fasta: Path, tmp_path: Path) -
 
 def test_benchmark_training_measures_each_mechanism_in_a_process_of_its_own(run: Run, tmp_path: Path) -> None:
     options = ("--preset", "tiny", "--context", "128", "--steps", "1", "--threads", "1", "--json")
-    status, out, err = run("benchmark", "training", *options)
-    assert status == 0, err
-    favor, exact = json.loads(out)
-    assert (favor["attention"], exact["attention"]) == ("favor", "exact")
-    for figures in (favor, exact):
-        assert figures["tokens_per_second"] > 0
-        assert figures["peak_bytes"] > 50 * 2**20
     own = tmp_path / "own.yaml"
     sizes = "{hidden_size: 32, num_attention_heads: 2, num_hidden_layers: 1, attention_kwargs: {window: 4}}"
     own.write_text(f"preset: tiny\nattention: [local]\narchitecture: {sizes}\n")
@@ -111,7 +104,10 @@ def test_benchmark_training_measures_each_mechanism_in_a_process_of_its_own(run:
     assert status == 0, err
     local, exact = json.loads(out)
     assert (local["attention"], exact["attention"]) == ("local", "exact")
-    assert local["parameters"] == exact["parameters"] < favor["parameters"]
+    assert local["parameters"] == exact["parameters"] < 40_000  # the size of the recipe, not that of the preset
+    for figures in (local, exact):
+        assert figures["tokens_per_second"] > 0
+        assert figures["peak_bytes"] > 50 * 2**20
     status, _, err = run("benchmark", "training", "--attention", "psychic", *options)
     assert status == 2
     assert "psychic" in err

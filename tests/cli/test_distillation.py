@@ -85,6 +85,7 @@ def test_a_distillation_that_is_killed_ends_bit_identical(run: Run, command: lis
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(run: Run, command: list[object], tmp_path: Path) -> None:
     options = ["--stages", "layers:3,end:3", "--evaluate-every", 3]
     assert run(*command, "-o", tmp_path / "one", *options)[0] == 0

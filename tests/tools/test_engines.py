@@ -272,6 +272,7 @@ def test_what_goes_wrong_in_a_worker_is_said_as_it_is_here(
     assert (tmp_path / ".e.h5.building" / "plan.json").exists()
 
 
+@pytest.mark.slow
 def test_the_command_starts_a_cluster_of_its_own(masked: Path, fasta: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'performers[ray]'")
     command = [sys.executable, "-m", "performers", "embed", "-i", str(fasta), "--model", str(masked), "--device", "cpu"]

@@ -489,7 +489,7 @@ def test_a_table_of_groups_says_that_it_has_no_matrices_and_empty_groups_alone_a
         predict_to(tmp_path / "e", [str(many)], trained("states"), groups=str(groups))
 
 
-@pytest.mark.parametrize("pairs", [100_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pairs", [30_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_pairs_without_labels_stream_in_memory_that_does_not_grow(
     pairs: int, trained: Callable[[str], Path], many: Path, tmp_path: Path
 ) -> None:

@@ -72,7 +72,9 @@ def test_a_run_killed_in_every_phase_of_a_save_ends_bit_identical(
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000060"]
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_the_run_goes_on_from_there(
     number: signal.Signals, status: int, tmp_path: Path, start: Start, settings: Settings, train: Train
 ) -> None:

@@ -17,7 +17,7 @@ Settings = Callable[..., dict[str, Any]]
     ("kills", "changes"),
     [
         (3, {"sharding": "none"}),
-        (3, {"sharding": "full"}),
+        pytest.param(3, {"sharding": "full"}, marks=pytest.mark.slow),
         pytest.param(15, {"sharding": "none", "sequence_parallel": 2}, marks=pytest.mark.slow),
         pytest.param(15, {"sharding": "full", "objective": "clm"}, marks=pytest.mark.slow),
     ],

@@ -26,7 +26,7 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_values_and_gradients_are_those_of_one_process(size: int, context: ForkServerContext) -> None:
     assert ranks.statuses(ranks.launch(context, ranks.compare_with_the_whole, size, CASES)) == [0] * size
 

@@ -64,6 +64,7 @@ def test_resuming_gives_the_same_bits_and_the_chunk_may_change(tmp_path: Path, t
     assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_longer_context_takes_the_memory_of_its_states_alone() -> None:
     settings: dict[str, Any] = {"attention": "favor", "preset": "tiny", "kernel": "relu", "batch_size": 1, "steps": 1}
     settings |= {"objective": "clm", "layer_chunk": None, "sequence_chunk": 512, "warm_up": 0, "device": "cpu"}
