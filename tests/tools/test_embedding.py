@@ -470,17 +470,16 @@ def test_a_hundred_thousand_records_take_no_more_memory_than_ten_thousand(
     assert peaks[1] <= 1.1 * peaks[0]
 
 
-def test_memory_grows_linearly_with_the_length_of_a_protein(masked: Path, tmp_path: Path, start: Start) -> None:
-    lengths = np.arange(1, 6) * 40_000
+def test_memory_grows_no_faster_than_the_length_of_a_protein(masked: Path, tmp_path: Path, start: Start) -> None:
     peaks: list[int] = []
-    for length in lengths.tolist():
+    for length in (40_000, 100_000, 200_000):
         process = start("embed_and_weigh", str(masked), length, str(tmp_path / "peak"))
         process.join()
         assert process.exitcode == 0
         peaks.append(int((tmp_path / "peak").read_text()))
-    correlation = np.corrcoef(lengths, peaks)[0, 1]
-    assert peaks[-1] > peaks[0]
-    assert correlation**2 > 0.99, peaks
+    # Longer rows go through a layer in pieces, so the growth may be less; a matrix of length by length would make it the square.
+    assert peaks[0] < peaks[1] < 1.2 * 2.5 * peaks[0], peaks
+    assert peaks[1] < peaks[2] < 1.2 * 2 * peaks[1], peaks
 
 
 @pytest.mark.parametrize("name", ["x.fasta.gz", "x.csv.gz", "x.a3m.gz"])
