@@ -260,7 +260,8 @@ Restart = Annotated[bool, typer.Option("--restart", help=_RESTART_HELP)]
 Quick = Annotated[bool, typer.Option("--quick", help=_QUICK_HELP)]
 
 
-def _folder(name: str) -> Any:
+def output_folder(name: str) -> Any:
+    """The option that says where a benchmark's report goes."""
     return typer.Option("--output", "-o", help=_FOLDER_HELP, show_default=f"benchmark-{name}")
 
 
@@ -289,7 +290,7 @@ def benchmark_cost(
     ] = None,
     objective: Annotated[Literal["mlm", "clm"], typer.Option(help="Bidirectional or causal.")] = "mlm",
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="bfloat16 is autocast.")] = "float32",
-    output: Annotated[str, _folder("cost")] = "benchmark-cost",
+    output: Annotated[str, output_folder("cost")] = "benchmark-cost",
     restart: Restart = False,
     max_minutes: MaxMinutes = None,
     quick: Quick = False,
@@ -345,7 +346,7 @@ def benchmark_concatenated(
     ] = None,
     learning_rate: LearningRate = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds of the runs, with commas.", show_default="1")] = None,
-    output: Annotated[str, _folder("concatenated")] = "benchmark-concatenated",
+    output: Annotated[str, output_folder("concatenated")] = "benchmark-concatenated",
     restart: Restart = False,
     quick: Quick = False,
     device: Device = "auto",
@@ -406,7 +407,7 @@ def benchmark_quality(
     d_ff: FeedForward = None,
     d: Width = None,
     score_proteins: ScoreProteins = None,
-    output: Annotated[str, _folder("quality")] = "benchmark-quality",
+    output: Annotated[str, output_folder("quality")] = "benchmark-quality",
     restart: Restart = False,
     quick: Quick = False,
     device: Device = "auto",
@@ -473,7 +474,7 @@ def benchmark_context(
     context: Annotated[int | None, typer.Option(min=4, help="Tokens in training.", show_default="4096")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Contexts in one step.", show_default="1")] = None,
     learning_rate: LearningRate = None,
-    output: Annotated[str, _folder("context")] = "benchmark-context",
+    output: Annotated[str, output_folder("context")] = "benchmark-context",
     restart: Restart = False,
     quick: Quick = False,
     device: Device = "auto",
@@ -526,7 +527,7 @@ def benchmark_redraw(
     d_ff: FeedForward = None,
     d: Width = None,
     score_proteins: ScoreProteins = None,
-    output: Annotated[str, _folder("redraw")] = "benchmark-redraw",
+    output: Annotated[str, output_folder("redraw")] = "benchmark-redraw",
     restart: Restart = False,
     quick: Quick = False,
     device: Device = "auto",
@@ -580,7 +581,7 @@ def benchmark_recall(
     ] = None,
     batch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens in one step.", show_default="16384")] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Learning rate.", show_default="0.003")] = None,
-    output: Annotated[str, _folder("recall")] = "benchmark-recall",
+    output: Annotated[str, output_folder("recall")] = "benchmark-recall",
     restart: Restart = False,
     max_minutes: MaxMinutes = None,
     quick: Quick = False,
@@ -631,7 +632,7 @@ def benchmark_finetuning(
     steps: Annotated[int | None, typer.Option(min=1, help="Steps at most.", show_default="1500")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Proteins in one step.", show_default="16")] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Learning rate.", show_default="0.0005")] = None,
-    output: Annotated[str, _folder("finetuning")] = "benchmark-finetuning",
+    output: Annotated[str, output_folder("finetuning")] = "benchmark-finetuning",
     restart: Restart = False,
     quick: Quick = False,
     device: Device = "auto",
@@ -685,7 +686,7 @@ def benchmark_interactions(
     size: Annotated[str | None, typer.Option(help="Sizes of groups, with commas.", show_default="8,16,32")] = None,
     groups: Annotated[int | None, typer.Option(min=1, help="Groups of each size.", show_default="100")] = None,
     decoys: Annotated[int | None, typer.Option(min=1, help="That join a group.", show_default="8")] = None,
-    output: Annotated[str, _folder("interactions")] = "benchmark-interactions",
+    output: Annotated[str, output_folder("interactions")] = "benchmark-interactions",
     restart: Restart = False,
     quick: Quick = False,
     device: Device = "auto",
@@ -771,7 +772,7 @@ def benchmark_family(
     layers: Layers = None,
     d_ff: FeedForward = None,
     d: Width = None,
-    output: Annotated[str, _folder("family")] = "benchmark-family",
+    output: Annotated[str, output_folder("family")] = "benchmark-family",
     restart: Restart = False,
     quick: Quick = False,
     device: Device = "auto",
@@ -848,7 +849,7 @@ def benchmark_design(
     label: Annotated[
         bool, typer.Option("--label", help="Write the effect of partners into the model's folder, for generate.")
     ] = False,
-    output: Annotated[str, _folder("design")] = "benchmark-design",
+    output: Annotated[str, output_folder("design")] = "benchmark-design",
     restart: Restart = False,
     quick: Quick = False,
     device: Device = "auto",
@@ -901,7 +902,7 @@ def benchmark_corpus(
             help="Records to embed with a tiny model, with commas; 'none'.", show_default="10^4, 10^5 and 10^6"
         ),
     ] = None,
-    output: Annotated[str, _folder("corpus")] = "benchmark-corpus",
+    output: Annotated[str, output_folder("corpus")] = "benchmark-corpus",
     restart: Restart = False,
     quick: Quick = False,
     device: Device = "cpu",

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from performers.cli.application import Device, Json, Output, Seed, Threads, app, listed, numbers, print_tables, table
-from performers.cli.benchmarks import benchmark, print_report
+from performers.cli.benchmarks import Quick, Restart, benchmark, output_folder, print_report
 from performers.errors import InputError
 from performers.folders import check_unused, sealed_folder, write_file
 
@@ -233,13 +233,9 @@ def benchmark_conversion(
     cache: Annotated[
         str | None, typer.Option(help="Folder for the downloads.", show_default="performers in the user's cache")
     ] = None,
-    output: Annotated[
-        str, typer.Option("--output", "-o", help="Folder for the report, the pictures and what was measured.")
-    ] = "benchmark-conversion",
-    restart: Annotated[bool, typer.Option("--restart", help="Measure again what the folder holds.")] = False,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Small sizes, to see that it works; the figures mean little.")
-    ] = False,
+    output: Annotated[str, output_folder("conversion")] = "benchmark-conversion",
+    restart: Restart = False,
+    quick: Quick = False,
     device: Device = "auto",
     threads: Threads = None,
     seed: Seed = 0,

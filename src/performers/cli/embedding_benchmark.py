@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from performers.cli.application import Device, Dtype, Json, Seed, Threads, numbers
-from performers.cli.benchmarks import MaxMinutes, Quick, Restart, benchmark, print_report
+from performers.cli.benchmarks import MaxMinutes, Quick, Restart, benchmark, output_folder, print_report
 
 
 @benchmark.command("embedding")
@@ -51,14 +51,7 @@ def benchmark_embedding(
     toks_per_batch: Annotated[
         int | None, typer.Option(min=1, help="Tokens in one forward pass.", show_default="16384")
     ] = None,
-    output: Annotated[
-        str,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Folder for the report, the pictures and what was measured; the same command goes on.",
-        ),
-    ] = "benchmark-embedding",
+    output: Annotated[str, output_folder("embedding")] = "benchmark-embedding",
     restart: Restart = False,
     max_minutes: MaxMinutes = None,
     quick: Quick = False,

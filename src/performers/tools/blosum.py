@@ -37,14 +37,17 @@ _LOWER = """
 """
 
 
+@functools.cache
 def blosum62() -> npt.NDArray[np.float64]:
-    """(20, 20) in the order of `STANDARD_RESIDUES`."""
+    """(20, 20) in the order of `STANDARD_RESIDUES`; one array for all, which cannot be written to."""
     lower = np.zeros((20, 20))
     for row, line in enumerate(_LOWER.split("\n")[1:-1]):
         lower[row, : row + 1] = [int(value) for value in line.split()]
     whole = lower + np.tril(lower, -1).T
     order = [_ORDER.index(letter) for letter in STANDARD_RESIDUES]
-    return whole[np.ix_(order, order)]
+    matrix = whole[np.ix_(order, order)]
+    matrix.setflags(write=False)
+    return matrix
 
 
 def in_blosum62(substitutions: Iterable[Substitution]) -> tuple[float, float] | None:
@@ -54,16 +57,12 @@ def in_blosum62(substitutions: Iterable[Substitution]) -> tuple[float, float] | 
         The sum of B[old, new], and that of B[old, new] - B[old, old]: what a substitution scores, and what it loses against no
         substitution at all, which is more where the old residue is a rare one.
     """
+    matrix = blosum62()
     total = change = 0.0
     for _, old, new in substitutions:
         row, column = STANDARD_RESIDUES.find(old), STANDARD_RESIDUES.find(new)
         if row < 0 or column < 0:
             return None
-        total += float(_matrix()[row, column])
-        change += float(_matrix()[row, column] - _matrix()[row, row])
+        total += float(matrix[row, column])
+        change += float(matrix[row, column] - matrix[row, row])
     return total, change
-
-
-@functools.cache
-def _matrix() -> npt.NDArray[np.float64]:
-    return blosum62()

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from performers.data import STANDARD_RESIDUES
+
 # Grouped by chemistry, so that what a position tolerates shows as a block.
-ORDER = "GAVLIMCFYWPSTNQHKRDE"
+_ORDER = "GAVLIMCFYWPSTNQHKRDE"
 _MOST_LINES, _POSITIONS_IN_A_LINE = 20, 100
 
 
@@ -16,7 +18,7 @@ def plot_saturation(scores: npt.NDArray[np.float64], wild_type: str, picture: Pa
     """Draw the score of every substitution; white is as good as the wild type, red is worse, dots are the wild type.
 
     Arguments:
-        scores: (L, 20) in the order of `ORDER`, 0 for the wild type, nan where nothing is known.
+        scores: (L, 20) in the order of `STANDARD_RESIDUES`, 0 for the wild type, nan where nothing is known.
         wild_type: L residues.
         picture: the PNG to write.
         title: the heading.
@@ -26,6 +28,7 @@ def plot_saturation(scores: npt.NDArray[np.float64], wild_type: str, picture: Pa
     from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure
 
+    scores = scores[:, [STANDARD_RESIDUES.index(letter) for letter in _ORDER]]
     length = len(wild_type)
     width = max(_POSITIONS_IN_A_LINE, -(-length // _MOST_LINES))
     lines = -(-length // width)
@@ -37,17 +40,17 @@ def plot_saturation(scores: npt.NDArray[np.float64], wild_type: str, picture: Pa
     all_axes = figure.subplots(lines, 1, squeeze=False)[:, 0]
     for line, axes in enumerate(all_axes):
         start = line * width
-        part = np.full((len(ORDER), shown), np.nan, dtype=np.float32)
+        part = np.full((len(_ORDER), shown), np.nan, dtype=np.float32)
         stop = min(start + shown, length)
         part[:, : stop - start] = scores[start:stop].T
         axes.imshow(part, cmap="RdBu", norm=norm, aspect="auto", interpolation="nearest")
-        dots = [(i - start, ORDER.index(wild_type[i])) for i in range(start, stop) if wild_type[i] in ORDER]
+        dots = [(i - start, _ORDER.index(wild_type[i])) for i in range(start, stop) if wild_type[i] in _ORDER]
         if dots:
             axes.plot(*zip(*dots, strict=True), "k.", markersize=2)
         step = 10 if width <= _POSITIONS_IN_A_LINE else max(10, 10 * (width // 100))
         ticks = [i for i in range(stop - start) if (start + i + first) % step == 0]
         axes.set_xticks(ticks, [str(start + i + first) for i in ticks], fontsize=7)
-        axes.set_yticks(range(len(ORDER)), list(ORDER), fontsize=5)
+        axes.set_yticks(range(len(_ORDER)), list(_ORDER), fontsize=5)
     all_axes[-1].set_xlabel("residue")
     bar = figure.colorbar(ScalarMappable(norm, "RdBu"), ax=list(all_axes), shrink=min(1.0, 1.6 / lines + 0.2), pad=0.01)
     bar.set_label("log-odds against the wild type", fontsize=8)

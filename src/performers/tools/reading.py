@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -130,7 +130,7 @@ def read_to(
             device=reading["device"],
             announce=False,  # the folder may hold the record of an earlier run until this one is done
         )
-        with _no_empty_folder(folder, path), record:
+        with record:
             report, failed, remarks = FastaReport(), list[tuple[int, str, str]](), list[str]()
             if opened is not None:
                 whole = _read(opened, sources, report, kept, before, **options)
@@ -208,18 +208,6 @@ class _Kept:
     def forget(self) -> None:
         """Remove the file."""
         self._path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _no_empty_folder(folder: Path, output: Path) -> Iterator[None]:
-    """Removes the folder that was made for the record of an output if a block fails and leaves nothing in it."""
-    try:
-        yield
-    except BaseException:
-        if folder != output.absolute().parent:
-            with suppress(OSError):  # it holds something
-                folder.rmdir()
-        raise
 
 
 @contextmanager

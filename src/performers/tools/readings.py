@@ -157,7 +157,7 @@ class Readings:
         if not self.knows_singles(place):
             return None
         if place not in self._singles:
-            values = self.log_odds(place)[_others(self.sequences[place])]
+            values = self.log_odds(place)[others(self.sequences[place])]
             self._singles[place] = np.sort(values[np.isfinite(values)])
         singles = self._singles[place]
         if not len(singles):
@@ -167,14 +167,14 @@ class Readings:
 
     def take_rows_as_singles(self, place: int) -> None:
         """Take the rows of this sheet as the single substitutions, in the order of `saturation`, which they have to be."""
-        others = _others(self.sequences[place])
-        log_odds = np.where(others, np.nan, 0.0)
-        number = int(others.sum())
+        missing = others(self.sequences[place])
+        log_odds = np.where(missing, np.nan, 0.0)
+        number = int(missing.sum())
         values = np.full(number, np.nan)
         for row in range(1, min(number + 1, len(self._sums[place]))):
             if self._counts[place][row] and self.failed(place, row) is None:
                 values[row - 1], _ = self.by_sequence(place, row)
-        log_odds[others] = values
+        log_odds[missing] = values
         self._saturated[place] = log_odds
 
     def agreement_of_stripes(self) -> float | None:
@@ -190,6 +190,6 @@ class Readings:
         return spearman(np.concatenate(striped), np.concatenate(alone).astype(np.float64))
 
 
-def _others(sequence: str) -> npt.NDArray[np.bool_]:
+def others(sequence: str) -> npt.NDArray[np.bool_]:
     """(L, 20): which of the standard residues is not the one that is there."""
     return np.array([[letter != own for letter in STANDARD_RESIDUES] for own in sequence])

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from performers.data import STANDARD_RESIDUES
 from performers.tools.language_model import Unread
 from performers.tools.proteins import Protein
-from performers.tools.readings import BACKGROUND, Block, Readings
+from performers.tools.readings import BACKGROUND, Block, Readings, others
 from performers.tools.report_page import MOST_POINTS, MOST_ROWS, Point, Row
 from performers.tools.tool import Result
 
@@ -176,14 +176,13 @@ def _nearest(results: Iterable[tuple[Part, Result]]) -> dict[int, tuple[str, flo
 
 def draw_saturation(readings: Readings, place: int, model: str) -> tuple[str, str, bytes]:
     """Heading, caption and picture of the substitutions of one chain."""
-    from performers.tools.heat_map import ORDER, plot_saturation
+    from performers.tools.heat_map import plot_saturation
 
     chain = f"chain {place + 1}" if len(readings.sequences) > 1 else ""
-    log_odds = readings.log_odds(place)[:, [STANDARD_RESIDUES.index(letter) for letter in ORDER]]
     with tempfile.TemporaryDirectory(prefix="performers-") as folder:
         picture = Path(folder) / "saturation.png"
         title = f"{readings.ids[place] or 'protein'}{chain and ', '}{chain}: {model}"
-        plot_saturation(log_odds, readings.sequences[place], picture, title=title, first=1)
+        plot_saturation(readings.log_odds(place), readings.sequences[place], picture, title=title, first=1)
         content = picture.read_bytes()
     caption = "Log-odds of every substitution; white is as good as the wild type, red is worse, dots are the wild type."
     if not chain:
@@ -196,8 +195,8 @@ def least_tolerant(readings: Readings) -> list[tuple[str, float]]:
     found: list[tuple[str, float]] = []
     for place, sequence in enumerate(readings.sequences):
         log_odds = readings.log_odds(place).astype(np.float64)
-        others = np.array([[letter != own for letter in STANDARD_RESIDUES] for own in sequence])
-        means = np.where(others, log_odds, 0).sum(axis=1) / others.sum(axis=1)
+        single = others(sequence)
+        means = np.where(single, log_odds, 0).sum(axis=1) / single.sum(axis=1)
         chain = f" of chain {place + 1}" if len(readings.sequences) > 1 else ""
         found += [(f"{own}{number + 1}{chain}", float(means[number])) for number, own in enumerate(sequence)]
     return sorted(found, key=lambda position: position[1])[:MOST_SENSITIVE]

@@ -33,7 +33,7 @@ import numpy.typing as npt
 
 from performers.data import STANDARD_RESIDUES, FastaReport
 from performers.errors import InputError, UnsupportedError
-from performers.tools.heat_map import ORDER, picture_bytes, plot_saturation
+from performers.tools.heat_map import picture_bytes, plot_saturation
 from performers.tools.language_model import LanguageModel, Row, Unread
 from performers.tools.measurements import Measurements, measurement, write_agreements
 from performers.tools.readings import INDEX, Block, Readings
@@ -419,9 +419,8 @@ class Scorer(Tool[Block]):
             if number > MOST_PICTURES or readings.failed(place, 0) is not None or not readings.knows_singles(place):
                 continue
             picture = stem.with_name(f"{stem.name}.png" if number == 1 else f"{stem.name}-{number}.png")
-            log_odds = readings.log_odds(place)[:, [STANDARD_RESIDUES.index(letter) for letter in ORDER]]
             title = f"{identifier or 'protein'}: {strategy}, {self.model.name}"
-            plot_saturation(log_odds, sequence, picture, title=title, first=self.offset_idx)
+            plot_saturation(readings.log_odds(place), sequence, picture, title=title, first=self.offset_idx)
 
     def beside(self, path: Path) -> Sequence[str]:
         """The picture of the first protein; how many there are is not known before."""
