@@ -614,6 +614,7 @@ def test_proteins_that_the_language_model_cannot_read_are_listed_with_their_pair
 def test_contexts_that_cannot_be_read_together_are_listed(
     trained: Callable[[str], Path], many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    head = trained("body")
     a, b, c = list(read_fasta(str(many)))[:3]
     limit = len(a.sequence) + len(b.sequence) + 4
     original = LanguageModel.refusal
@@ -624,12 +625,12 @@ def test_contexts_that_cannot_be_read_together_are_listed(
     monkeypatch.setattr(LanguageModel, "refusal", refusal)
     members = [("large", a), ("large", b), ("large", c), ("small", a), ("small", b)]
     write(tmp_path / "g.tsv", "".join(f"{name}\t{record.id}\n" for name, record in members))
-    outcome = predict_to(tmp_path / "g", [str(many)], trained("body"), groups=str(tmp_path / "g.tsv"))
+    outcome = predict_to(tmp_path / "g", [str(many)], head, groups=str(tmp_path / "g.tsv"))
     assert [(name, "too many" in reason) for _, name, reason in outcome.failed] == [("large", True)]
     assert {row["group"] for row in rows(tmp_path / "g" / "predictions.tsv")} == {"small"}
     write(tmp_path / "p.tsv", f"{a.id}\t{b.id}\n")
     monkeypatch.setattr(LanguageModel, "refusal", lambda self, tokens: "too many" if tokens >= limit else None)
-    outcome = predict_to(tmp_path / "p", [str(many)], trained("body"), pairs=str(tmp_path / "p.tsv"))
+    outcome = predict_to(tmp_path / "p", [str(many)], head, pairs=str(tmp_path / "p.tsv"))
     assert [entry[:2] for entry in outcome.failed] == [(1, f"{a.id} {b.id}")]
     assert rows(tmp_path / "p" / "predictions.tsv") == []
 
