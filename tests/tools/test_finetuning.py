@@ -35,6 +35,7 @@ from performers.tools.finetuning import FinetuneResult, finetune
 from performers.tools.heads import HeadedModel
 from performers.tools.labelled import read_labelled
 from performers.tools.learning import Lessons
+from performers.tools.linear_probe import PENALTIES, Examples, fit_linear
 from performers.tools.prediction import predict, predict_to
 from performers.tools.reporting import report
 
@@ -162,6 +163,52 @@ def test_residues_get_a_label_and_a_set_each(
         np.testing.assert_allclose(one.probabilities, logits.softmax(-1).numpy(), atol=1e-5)
 
 
+def test_a_head_begins_where_the_untouched_model_serves_best_and_steps_that_do_harm_are_forgotten(
+    table: Path, masked: Path, tmp_path: Path
+) -> None:
+    settings = {**QUICK, "baselines": True, "steps": 4, "evaluate_every": 2, "model": str(masked), "learning_rate": 1.0}
+    probed = finetune(table, "greasy", "regression", tmp_path / "probed", **settings)
+    ours, ridge, _ = (row["figures"]["spearman"]["value"] for row in probed.figures["test"])
+    assert probed.figures["best_step"] == 0
+    assert ours == pytest.approx(ridge, abs=0.15)  # both are linear in the same vectors, beginning and end apart
+    random = finetune(table, "greasy", "regression", tmp_path / "random", linear_probe=False, **settings)
+    first = [
+        json.loads((result.output / "training" / "log.jsonl").read_text().splitlines()[0])["loss"]
+        for result in (probed, random)
+    ]
+    assert first[0] < 0.5 * first[1]
+
+
+@pytest.mark.parametrize("classes", [None, 3, 5])
+def test_the_first_head_is_the_one_that_scikit_learn_finds(classes: int | None) -> None:
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    draw = np.random.default_rng(0)
+    features = draw.normal(size=(130, 7)) @ draw.normal(size=(7, 7)) + 3
+    signal = features @ draw.normal(size=(7, max(classes or 1, 1))) + 0.3 * draw.normal(
+        size=(130, max(classes or 1, 1))
+    )
+    targets = signal[:, 0] if classes is None else signal.argmax(1)
+    x, y = torch.from_numpy(features), torch.from_numpy(targets)
+    layer = fit_linear(Examples(x[:90], y[:90]), Examples(x[90:], y[90:]), classes or 1)
+    centre, scale = features[:90].mean(0), features[:90].std(0)
+    plain = (features - centre) / scale
+    losses: dict[float, Any] = {}
+    for penalty in PENALTIES:
+        if classes is None:
+            model = linear_model.Ridge(alpha=90 * penalty).fit(plain[:90], targets[:90])
+            found = model.predict(plain)
+            loss = np.square(found[90:] - targets[90:]).mean()
+        else:
+            model = linear_model.LogisticRegression(C=1 / (90 * penalty), tol=1e-8, max_iter=5000)
+            found = model.fit(plain[:90], targets[:90]).predict_proba(plain)
+            loss = -np.log(found[range(90, 130), targets[90:]]).mean()
+        losses[float(loss)] = found
+    outputs = layer(x).detach()
+    torch.testing.assert_close(layer.folded()(x.float()), outputs, atol=1e-4, rtol=1e-4)
+    said = outputs[:, 0] if classes is None else outputs.softmax(1)
+    np.testing.assert_allclose(said.numpy(), losses[min(losses)], atol=2e-3)
+
+
 @pytest.mark.parametrize("task", ["regression", "residue"])
 def test_order_and_company_change_no_prediction(
     task: str, finetuned: Callable[[str], FinetuneResult], proteins: list[Record]
@@ -182,7 +229,7 @@ def test_order_and_company_change_no_prediction(
 def test_a_run_that_died_ends_with_the_same_bytes(
     table: Path, masked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {**QUICK, "steps": 12, "learning_rate": 0.02, "model": str(masked), "checkpoint_every": 5}
+    settings = {**QUICK, "steps": 12, "learning_rate": 1e-3, "model": str(masked), "checkpoint_every": 5}
     settings |= {"evaluate_every": 3, "patience": 2}
     whole = finetune(table, "greasy", "regression", tmp_path / "whole", **settings)
     accumulate = Lessons.accumulate

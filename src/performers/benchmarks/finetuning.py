@@ -59,7 +59,7 @@ class FinetuningSettings:
     proteins: int = 4000
     steps: int = 1500
     batch_size: int = 16
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-4
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: int | None = None

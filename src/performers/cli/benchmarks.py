@@ -631,7 +631,7 @@ def benchmark_finetuning(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps at most.", show_default="1500")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Proteins in one step.", show_default="16")] = None,
-    learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Learning rate.", show_default="0.0005")] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Learning rate.", show_default="0.0001")] = None,
     output: Annotated[str, output_folder("finetuning")] = "benchmark-finetuning",
     restart: Restart = False,
     quick: Quick = False,

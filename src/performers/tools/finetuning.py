@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, Field, model_validator
 
 from performers.errors import CheckpointError, InputError, MissingExtraError, OutputError
-from performers.folders import write_file
+from performers.folders import room_for, temporary_name, write_file
 from performers.tools.labelled import (
     SETS,
     LabelledProteins,
@@ -46,6 +46,7 @@ RUN = "training"
 _PASSES, _FEWEST_STEPS, _MOST_STEPS = 20, 50, 500
 _PROTEINS = "proteins.csv"
 _ORIGIN = "origin.json"
+_HEAD = "head.safetensors"
 NEEDS_LESS = "A smaller --toks-per-batch or --micro-batch-size needs less, and so do --lora and --frozen."
 
 
@@ -64,6 +65,9 @@ class _Finetuning(BaseModel):
     lora: bool = Field(False, description="Train low-rank adapters and the head only (needs peft); merged at the end.")
     lora_rank: int = Field(8, ge=1, description="Rank of the adapters.")
     frozen: bool = Field(False, description="Train the head only.")
+    linear_probe: bool = Field(
+        True, description="Begin with the head that fits the untouched model best, not with a random one."
+    )
     dropout: bool = Field(False, description="Keep the model's dropout while it is trained.")
     split: Literal["identity", "random"] = Field(
         "identity",
@@ -95,7 +99,7 @@ class FinetuneConfig(TrainConfig, _Finetuning):
     micro_batch_size: int | None = Field(
         None, ge=1, description="Proteins in one forward pass of one process, at most. [as --toks-per-batch allows]"
     )
-    learning_rate: Number = Field(3e-4, gt=0, description="Peak learning rate.")
+    learning_rate: Number = Field(1e-4, gt=0, description="Peak learning rate.")
     weight_decay: Number = Field(0.01, ge=0, description="Weight decay of matrices; biases and norms have none.")
     clip: Number = Field(1.0, ge=0, description="Largest norm of the gradient; 0 does not clip.")
     evaluate_every: int | None = Field(None, ge=0, description="Steps between evaluations. [a twentieth]")
@@ -219,6 +223,7 @@ class Finetuning(Task[FinetuneConfig]):
     """A masked language model that learns a column of a table."""
 
     command: ClassVar[str] = "finetune"
+    evaluates_at_the_start: ClassVar[bool] = True
     elsewhere: ClassVar[str] = "another --output"
     needs_less: ClassVar[str] = NEEDS_LESS
 
@@ -264,12 +269,12 @@ class Finetuning(Task[FinetuneConfig]):
 
     def discard(self, run: Path, began: dict[str, Any]) -> None:
         """Removes the proteins, which are read and split again."""
-        for name in (_PROTEINS, _ORIGIN):
+        for name in (_PROTEINS, _ORIGIN, _HEAD):
             (run / name).unlink(missing_ok=True)
         self._read = self._table()
 
     def prepare(self, run: Path) -> None:
-        """Splits the proteins and keeps them in the run folder, so that it goes on with the same ones.
+        """Splits the proteins and fits the first head, and keeps both in the run folder, so that it goes on with the same.
 
         Raises:
             CheckpointError: the weights of the language model have changed since.
@@ -294,6 +299,8 @@ class Finetuning(Task[FinetuneConfig]):
             write_file(run / _ORIGIN, json.dumps(origin, indent=1) + "\n")
             _warn(proteins, config, about)
         self.proteins = read_labelled(run / _PROTEINS, config.target, config.task)
+        if config.linear_probe and hasattr(self, "_read"):
+            self._fit_head(run / _HEAD)
         self.origin = json.loads((run / _ORIGIN).read_text(encoding="utf-8"))
         if self.origin["weights"] != weights:
             raise CheckpointError(
@@ -308,7 +315,8 @@ class Finetuning(Task[FinetuneConfig]):
         """The language model with a head."""
         from performers.tools.learning import Lessons
 
-        self._lessons = Lessons(self.config, self._reader, self.proteins)
+        head = Path(self.config.output) / _HEAD
+        self._lessons = Lessons(self.config, self._reader, self.proteins, head if self.config.linear_probe else None)
         return self._lessons.model(checkpoint)
 
     def describe(self) -> str:
@@ -343,6 +351,21 @@ class Finetuning(Task[FinetuneConfig]):
 
         loss = "squared error of standardised targets" if self.config.task == "regression" else "loss (nats per label)"
         plot_loss(run / "log.jsonl", run / "loss.png", f"{self.config.target}, {self.config.task}", loss)
+
+    def _fit_head(self, path: Path) -> None:
+        """Writes the parameters that the last layer of the head begins with."""
+        from safetensors.torch import save_file
+
+        from performers.tools.learning import Lessons
+        from performers.training.distributed import use_threads
+
+        with use_threads(self.config.threads):
+            lessons = Lessons(self.config, self._reader, self.proteins)
+            print(f"fitting the head to {lessons.probed:,} proteins as the model reads them now", file=sys.stderr)
+            head = lessons.fit_head()
+        with room_for(path):
+            save_file(head, temporary_name(path))
+        temporary_name(path).replace(path)
 
     def _language_model(self, proteins: LabelledProteins | None = None) -> LanguageModel:
         """The model to finetune, which has positions for the proteins.

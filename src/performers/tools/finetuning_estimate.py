@@ -103,6 +103,7 @@ def estimate(config: FinetuneConfig, reader: LanguageModel, proteins: LabelledPr
     evaluations = math.ceil(steps / config.evaluation_interval)
     read = evaluations * min(config.evaluate_proteins, held_out) + len(proteins) - training
     read += len(proteins) if config.baselines else 0
+    read += lessons.probed if config.linear_probe and not done else 0
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     model_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)

@@ -145,8 +145,7 @@ def add_head(folder: Path, kind: Kind, labels: Sequence[str], seed: int) -> Any:
     torch.manual_seed(derive_seed(seed, "head"))
     with without_bars(), _without_reports():
         model: Any = load(folder, name, **settings)
-    if kind == "regression":
-        last_layer(model)
+    last_layer(model)
     return model.float().eval()
 
 
@@ -175,14 +174,16 @@ def body_layers(model: Any) -> list[str]:
 
 
 def last_layer(model: Any) -> nn.Linear:
-    """The linear layer that gives the number of a regression.
+    """The linear layer that gives the number of a regression or the logits of the labels.
 
     Raises:
         UnsupportedError: the head does not end in one.
     """
     inside = f"{model.base_model_prefix}."
     outside = [module for name, module in model.named_modules() if not name.startswith(inside)]
-    linear = [module for module in outside if isinstance(module, nn.Linear) and module.out_features == 1]
+    linear = [
+        module for module in outside if isinstance(module, nn.Linear) and module.out_features == model.config.num_labels
+    ]
     if not linear:
         raise UnsupportedError(f"{type(model).__name__}: its head does not end in a linear layer.")
     return linear[-1]

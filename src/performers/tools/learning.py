@@ -35,12 +35,14 @@ from performers.tools.heads import (
     body_layers,
     digests,
     head_parameters,
+    last_layer,
     rescale_,
     said,
 )
 from performers.tools.labelled import LabelledProteins
 from performers.tools.language_model import LanguageModel, Row
-from performers.training.distributed import World, autocast
+from performers.tools.linear_probe import Examples, StandardisedLinear, fit_linear
+from performers.training.distributed import World, autocast, choose_device, choose_dtype
 from performers.training.loop import accumulate_gradients
 from performers.training.order import Order, shuffled
 from performers.training.task import Figures
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from performers.tools.finetuning import FinetuneConfig
 
 _TRAINED = "trained.safetensors"
+_PROBED_PROTEINS, _PROBED_RESIDUES = 5000, 50_000  # that the first head is fitted to, at most
 
 
 class Lessons:
@@ -58,13 +61,17 @@ class Lessons:
         config: how it learns.
         reader: the language model that a head is put on.
         proteins: with sets.
+        head: the file of what `fit_head` gave, with which the head begins; None begins with a random one.
 
     Attributes:
         mean, std: of the training targets, for regression; 0 and 1 otherwise.
+        probed: the number of proteins that `fit_head` reads.
     """
 
-    def __init__(self, config: FinetuneConfig, reader: LanguageModel, proteins: LabelledProteins) -> None:
-        self._config, self._reader, self._proteins = config, reader, proteins
+    def __init__(
+        self, config: FinetuneConfig, reader: LanguageModel, proteins: LabelledProteins, head: Path | None = None
+    ) -> None:
+        self._config, self._reader, self._proteins, self._head = config, reader, proteins, head
         self._training, self._validation = proteins.of("train"), proteins.of("validation")
         chosen = shuffled(len(self._validation), derive_seed(config.seed, "evaluation set"))[: config.evaluate_proteins]
         self._measured = [self._validation[place] for place in np.sort(chosen).tolist()]
@@ -73,12 +80,19 @@ class Lessons:
         if proteins.kind == "regression":
             values = np.concatenate([proteins.targets[row] for row in self._training])
             self.mean, self.std = float(values.mean()), float(values.std())
+        self._probed = self._few(self._training)
+        self.probed = len(self._probed) + len(self._measured)
+        self._reference = sorted(self._probed, key=lambda row: len(proteins.sequences[row]))[len(self._probed) // 2]
 
     def model(self, checkpoint: Path | None) -> nn.Module:
         """The model as the run begins with it, or as a checkpoint has it."""
         config, proteins = self._config, self._proteins
         model: Any = add_head(self._reader.folder, proteins.kind, proteins.labels, config.seed)
-        self._padding = int(getattr(model.config, "pad_token_id", None) or 0)
+        if self._head is not None:
+            replaced = last_layer(model)
+            layer = StandardisedLinear(replaced.in_features, replaced.out_features)
+            layer.load_state_dict(load_file(self._head))
+            _replace(model, replaced, layer)
         head = head_parameters(model)
         if config.frozen:
             model.requires_grad_(False)
@@ -95,6 +109,53 @@ class Lessons:
                 for name, parameter in trained.items():
                     parameter.copy_(tensors[name])
         return model.train(config.dropout)
+
+    @torch.no_grad()
+    def fit_head(self) -> dict[str, Tensor]:
+        """The state of the last layer that suits what the untouched model gives it best, a `StandardisedLinear`.
+
+        Raises:
+            UnsupportedError: the last layer does not see one vector for each target.
+        """
+        device = choose_device(self._config.device)
+        model = add_head(self._reader.folder, self._proteins.kind, self._proteins.labels, self._config.seed).to(device)
+        layer = last_layer(model)
+        train, validation = (self._seen(model, layer, rows, device) for rows in (self._probed, self._measured))
+        with torch.enable_grad():
+            fitted = fit_linear(train, validation, layer.out_features)
+        fitted.reference.copy_(self._seen(model, layer, [self._reference], device).features[0])
+        return fitted.state_dict()
+
+    def _seen(self, model: Any, layer: nn.Module, proteins: list[int], device: torch.device) -> Examples:
+        """What a layer gets to see of proteins, with the targets."""
+        vectors: list[Tensor] = []
+        features: list[Tensor] = []
+        targets: list[Tensor] = []
+        with layer.register_forward_pre_hook(lambda _, inputs: vectors.append(inputs[0])):
+            for batch in self._batches(proteins):
+                example = self._example([proteins[index] for index in batch])
+                inputs = {name: example[name].to(device) for name in ("input_ids", "attention_mask")}
+                with autocast(device, choose_dtype(self._config.dtype, device)):
+                    model(**inputs)
+                vector, labels = vectors.pop().cpu(), example["labels"]
+                if vector.shape[:-1] != labels.shape:
+                    raise UnsupportedError(
+                        f"{type(model).__name__}: its last layer does not see one vector for each target; expected "
+                        "--no-linear-probe for it."
+                    )
+                known = labels != IGNORED
+                features.append(vector[known])
+                targets.append(example.get("targets", labels)[known])
+        return Examples(torch.cat(features), torch.cat(targets))
+
+    def _few(self, proteins: list[int]) -> list[int]:
+        """Some of them, drawn with the seed, as many as the first head needs."""
+        order = shuffled(len(proteins), derive_seed(self._config.seed, "linear probe")).tolist()
+        chosen = [proteins[place] for place in order[:_PROBED_PROTEINS]]
+        if self._proteins.kind != "residue":
+            return chosen
+        residues = np.cumsum([len(self._proteins.sequences[protein]) for protein in chosen])
+        return chosen[: int(np.searchsorted(residues, _PROBED_RESIDUES)) + 1]
 
     # A step.
 
@@ -116,7 +177,32 @@ class Lessons:
             self._example([rows[mine[i]] for i in batch], [keys[mine[i]] for i in batch] if self._keyed else None)
             for batch in batches
         ]
+        if (layer := self._following(model)) is not None:
+            layer.follows = True
+            examples = [self._with_reference(example) for example in examples]
         return accumulate_gradients(_Loss(model, self._proteins.kind), examples, world, dtype)
+
+    def _following(self, model: nn.Module) -> StandardisedLinear | None:
+        """The last layer, where its centre follows the reference protein: vectors of residues differ by enough."""
+        layers = [module for module in model.modules() if isinstance(module, StandardisedLinear)]
+        return layers[0] if layers and self._proteins.kind != "residue" else None
+
+    def _with_reference(self, example: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same with the reference protein as its first row, which has no label."""
+        first = self._example([self._reference]) | {"labels": torch.tensor([IGNORED])}
+        if "dropout_keys" in example:
+            first["dropout_keys"] = torch.tensor([derive_seed(self._config.seed, "dropout of the reference")])
+        width = max(first["input_ids"].shape[1], example["input_ids"].shape[1])
+        filling = {"input_ids": self._padding, "attention_mask": 0}
+        for name, value in filling.items():
+            for part in (first, example):
+                part[name] = F.pad(part[name], (0, width - part[name].shape[1]), value=value)
+        return {name: torch.cat((first[name], example[name])) for name in example}
+
+    @property
+    def _padding(self) -> int:
+        """The token that fills a row."""
+        return int(getattr(self._reader.network.config, "pad_token_id", None) or 0)
 
     @property
     def _keyed(self) -> bool:
@@ -175,6 +261,10 @@ class Lessons:
         """What the model says of proteins, (T, C) each: numbers in the units of the table, or probabilities."""
         was_training = model.training
         model.eval()
+        if (layer := self._following(model)) is not None:
+            layer.follows = False
+            now = self._seen(model, layer, [self._reference], world.device).features[0]
+            layer.moved = now.to(world.device) - layer.reference
         sizes = [len(self._proteins.targets[protein]) for protein in proteins]
         starts = np.concatenate(([0], np.cumsum(sizes)))
         found = torch.zeros(int(starts[-1]), max(1, len(self._proteins.labels)), dtype=torch.float64)
@@ -229,6 +319,8 @@ class Lessons:
         scores = scores_of(np.concatenate(predicted)[known], truth[known], is_number=kind == "regression")
         if self._config.lora:
             model = model.merge_and_unload()
+        for layer in [module for module in model.modules() if isinstance(module, StandardisedLinear)]:
+            _replace(model, layer, layer.folded())
         if kind == "regression":
             rescale_(model, self.mean, self.std)
         model.save_pretrained(folder)
@@ -261,7 +353,8 @@ class _Loss:
     ) -> SimpleNamespace:
         logits: Tensor = self._model(**inputs).logits.float()
         if targets is not None:
-            loss = F.mse_loss(logits[:, 0], targets, reduction="sum")
+            known = labels != IGNORED
+            loss = F.mse_loss(logits[known, 0], targets[known], reduction="sum")
         else:
             flat = logits.flatten(0, -2)
             loss = F.cross_entropy(flat, labels.flatten(), reduction="sum", ignore_index=IGNORED)
@@ -270,6 +363,11 @@ class _Loss:
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts a layer in the place of another."""
+    model.set_submodule(next(name for name, module in model.named_modules() if module is old), new)
 
 
 def _with_adapters(model: Any, rank: int, seed: int) -> nn.Module:

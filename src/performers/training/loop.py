@@ -77,7 +77,7 @@ def train(task: Task[Any], folder: RunFolder | None) -> RunResult:
         if world.is_main:
             kept = progress.best_step if config.patience else progress.step
             if world.is_sharded or kept < progress.step:
-                model = task.open(checkpoint_path(folder.path, kept))
+                model = task.open(checkpoint_path(folder.path, kept) if kept else None)
             save_model(folder.path / "model", task, model.eval())
             task.picture(folder.path)
         world.wait()
@@ -120,7 +120,9 @@ def _take_steps(
             f"steps {progress.step:,} to {config.steps:,}"
         )
         if task.evaluates_at_the_start and not saved:
-            evaluate()
+            found = evaluate()
+            if config.patience and found is not None:
+                progress = progress.judged(found)
         for step in range(progress.step, progress.step if _has_settled(progress, config) else config.steps):
             started = time.monotonic()
             # Our own draws are all keyed; this is for foreign modules and for torch.compile.

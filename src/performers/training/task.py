@@ -52,7 +52,7 @@ class Task(abc.ABC, Generic[Config]):
 
     Attributes:
         command: the verb, as in `performers VERB`.
-        evaluates_at_the_start: whether the untrained model is measured too.
+        evaluates_at_the_start: whether the model is measured before the first step too, and kept if no step makes it better.
         elsewhere: how to begin another run where this one ended; `{model}` is the model of this one.
         needs_less: which options make a step smaller, for a run that does not fit into memory.
     """
