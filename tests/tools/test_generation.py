@@ -364,6 +364,16 @@ def test_bad_options_for_new_proteins_are_refused(writer: LanguageModel, options
         list(generate(writer, **{"length": 10, "at_once": 1, **options}))
 
 
+def test_records_that_are_left_out_of_a_redesign_are_listed(reader: LanguageModel, tmp_path: Path) -> None:
+    for name in ("x", "y"):
+        (tmp_path / f"{name}.fasta").write_text(f">{name}1\nMK?AY\n>{name}2\nM1?AY\n>{name}3\nMKT?Y\n")
+    sources = [str(tmp_path / "x.fasta"), str(tmp_path / "y.fasta")]
+    outcome = generate_to(tmp_path / "d.fasta", sources, str(reader.folder), on_invalid="skip", device="cpu")
+    reason = "it holds characters that are not residues"
+    assert outcome.failed == [(2, "x2", reason), (5, "y2", reason)]
+    assert [record.id for record in read_fasta(str(tmp_path / "d.fasta"))] == ["x1-1", "x3-1", "y1-1", "y3-1"]
+
+
 @pytest.mark.parametrize(
     ("text", "options", "words"),
     [

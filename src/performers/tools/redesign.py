@@ -73,13 +73,22 @@ def parse_ranges(text: str) -> list[tuple[int, int]]:
 
 
 class _OpenReader(FastaReader):
-    """FASTA in which "?" and ":" may stand between residues."""
+    """FASTA in which "?" and ":" may stand between residues, and whose records that are left out are listed.
+
+    Attributes:
+        before: how many records the sources before this one have.
+    """
+
+    before = 0
 
     def clean(self, header: str, sequence: str) -> str | None:
         """As of FASTA, with open positions and chain breaks left in their places."""
         text = "".join(sequence.split())
         letters = super().clean(header, text.replace(OPEN, "X").replace(CHAIN_BREAK, "X"))
         if letters is None:
+            assert self.report is not None
+            reason = "it holds characters that are not residues"
+            self.report.left_out.append((self.before + self.number, (header.split() or [""])[0], reason))
             return None
         return "".join(old if old in (OPEN, CHAIN_BREAK) else new for old, new in zip(text, letters, strict=True))
 
@@ -147,15 +156,17 @@ class Redesigner(Tool[Variant]):
 
     def items(self, report: FastaReport) -> Iterator[Variant]:
         """The redesigns, record by record."""
-        number = 0
+        before = 0
         for source in self.sources:
             reader = _OpenReader(source, self.max_length, self.on_invalid, report)
+            reader.before = before
             for record in reader:
-                number += 1
+                number = before + record.number
                 where = f"{reader.name}, record {record.number:,}" + (f" ({record.id})" if record.id else "")
                 chains, positions = self._opened(record.sequence, where)
                 for variant in range(1, self.count + 1):
                     yield Variant(number, record.id, chains, positions, variant)
+            before += reader.number
         report.inputs += self.inputs
 
     def _opened(self, sequence: str, where: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
