@@ -249,7 +249,7 @@ def _sequences(
             return
         for rows in packed:
             yield from _in_groups(0, heads, rows, rows.stop - rows.start, None)
-    elif mask is None:
+    elif mask is None or bool(mask.all()):
         yield from _in_groups(0, batch * heads, slice(None), key.shape[2], None)
     else:
         for row in range(batch):

@@ -89,9 +89,12 @@ def check_window(window: int) -> None:
 def _plan(query: Tensor, key: Tensor, at: Positions, is_causal: bool, numbers: list[int], seed: Tensor | None) -> Plan:
     (window,) = numbers
     device = at.key_at.device
-    start = torch.arange(at.first // window, -(-len(at.key_at) // window), device=device)[:, None] * window
-    queries = start + torch.arange(window, device=device)
-    keys = start + torch.arange(1 - window, window if is_causal else 2 * window - 1, device=device)
+    asked = (at.query_at >= 0).nonzero()[:, 0]
+    first, end = at.first + int(asked[0]) if len(asked) else 0, len(at.key_at) if len(asked) else 0
+    size = min(window, max(end - first, 1))  # a single query, as in decoding, has a block of its own size
+    start = torch.arange(first, end, size, device=device)[:, None]
+    queries = start + torch.arange(size, device=device)
+    keys = start + torch.arange(1 - window, size if is_causal else size + window - 1, device=device)
     if is_causal:
         return Plan([at.blocks(queries, keys, lambda i, j: (i >= j) & (i - j < window))])
     return Plan([at.blocks(queries, keys, lambda i, j: (i - j).abs() < window)])
