@@ -14,8 +14,9 @@ TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# The tests run in parallel processes; more threads in each would only take turns.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+# The tests run in parallel processes; more threads in each would only take turns. Each process begins with a stretch of
+# neighbouring tests, so that what they share is made once, and takes from another when it has none left.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 .PHONY: demo test test-all check docs clean
 .DELETE_ON_ERROR:

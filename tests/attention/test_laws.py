@@ -50,8 +50,8 @@ AXES: list[list[Any]] = [
 ]
 
 
-def _grid() -> list[Any]:
-    """Every cell; those outside a pairwise cover are slow.
+def _grid(cover_alone: bool) -> list[Any]:
+    """Every cell, of which those outside a pairwise cover are slow; or the cover alone.
 
     A mechanism without features has one number of them. A single signed feature cancels between numerator and denominator:
     the output does not depend on q, and its gradient is rounding divided by a phi(q) that crosses zero.
@@ -62,7 +62,17 @@ def _grid() -> list[Any]:
 
     cover = {Cell(*cell) for cell in AllPairs(AXES, filter_func=sensible)}
     cells = [Cell(*cell) for cell in product(*AXES) if sensible(cell)]
-    return [pytest.param(cell, id=str(cell), marks=[] if cell in cover else [pytest.mark.slow]) for cell in cells]
+    return [
+        pytest.param(cell, id=str(cell), marks=[] if cell in cover else [pytest.mark.slow])
+        for cell in cells
+        if cell in cover or not cover_alone
+    ]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`make test` runs the cover: tens of thousands of slow cells would be made in each process only to be left out."""
+    if "cell" in metafunc.fixturenames:
+        metafunc.parametrize("cell", _grid(cover_alone=metafunc.config.getoption("markexpr") == "not slow"))
 
 
 def draw(cell: Cell, value_dim: int = 20) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
@@ -128,7 +138,6 @@ def check_against_the_oracle(
         assert_close(gradient, wanted, amplified, f"gradient of {name}", floor)
 
 
-@pytest.mark.parametrize("cell", _grid())
 def test_values_and_gradients_equal_the_oracle(cell: Cell, record_cell: Any) -> None:
     record_cell("oracle")
     check_against_the_oracle(cell, cell.case.make(cell.head_dim, cell.num_features), *draw(cell))

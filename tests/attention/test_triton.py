@@ -68,8 +68,8 @@ class Cell(NamedTuple):
 
 B, F, H = torch.bfloat16, torch.float32, torch.float16
 CELLS = [
-    Cell("softmax", False, F, 100, num_features=50, batch=2),
-    Cell("softmax", True, F, 100, num_features=50),
+    Cell("softmax", False, F, 70, num_features=50, batch=2),
+    Cell("softmax", True, F, 70, num_features=50),
     Cell("softmax", False, B, 40, 64),
     Cell("softmax", True, B, 66, num_features=80),
     Cell("softmax", False, H, 17),
@@ -88,7 +88,7 @@ CELLS = [
     Cell("softmax", True, F, 17, layout="strided"),
     Cell("softmax-hyperbolic", False, F, 17),
     Cell("relu", False, F, 17, 64, 256),
-    Cell("relu", True, F, 100, num_features=50),
+    Cell("relu", True, F, 70, num_features=50),
     Cell("relu", False, B, 40),
     Cell("relu", True, B, 17, 64),
     Cell("relu", True, H, 17),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -33,19 +33,13 @@ def test_what_cannot_be_measured_is_refused() -> None:
         CorpusSettings.of_size(True, workers=(0,))
 
 
-def test_the_plan_follows_its_assumptions() -> None:
+def test_the_plan_follows_its_assumptions(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def plan(*options: str) -> dict[str, list[str]]:
-        command = [
-            sys.executable,
-            str(ROOT / "scripts" / "plan_training.py"),
-            "--preset",
-            "tiny",
-            "--gpus",
-            "8",
-            *options,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+        script = str(ROOT / "scripts" / "plan_training.py")
+        monkeypatch.setattr(sys, "argv", [script, "--preset", "tiny", "--gpus", "8", *options])
+        runpy.run_path(script, run_name="__main__")
+        lines = capsys.readouterr().out.splitlines()
+        rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
         return {row[0]: row for row in rows if len(row) in (4, 8)}
 
     once, twice = plan(), plan("--residues", "2e11")

@@ -14,7 +14,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 ATTENTION = [
     *("benchmark", "attention", "--quick", "--threads", "1", "--heads", "2", "--head-dim", "8", "--num-features", "16"),
-    *("--length", "32,64", "--kernel", "relu", "--direction", "bidirectional", "--backend", "chunked"),
+    *("--length", "32", "--kernel", "relu", "--direction", "bidirectional", "--backend", "chunked"),
 ]
 APPROXIMATION = [
     *("benchmark", "approximation", "--quick", "--threads", "1", "--length", "64", "--num-features", "4,8"),
@@ -41,7 +41,7 @@ def test_attention_prints_ratios_and_writes_report_and_pictures(run: Run, tmp_pa
     assert status == 0, err
     for word in ("performers chunked", "sdpa", "vs sdpa", "of the limit", "extra memory", "at 300", "GFLOP/s"):
         assert word in out
-    assert "[5/5]" in err
+    assert "[3/3]" in err
     report = json.loads((tmp_path / "attention.json").read_text())
     assert report["machine"]["processor"]
     assert report["machine"]["torch"]
@@ -59,7 +59,7 @@ def test_attention_prints_ratios_and_writes_report_and_pictures(run: Run, tmp_pa
     assert status == 0
     again = json.loads(out)
     assert [cell["seconds"] for cell in again["cells"]] == [cell["seconds"] for cell in report["cells"]]
-    assert "5 of 5 cells were measured before" in err
+    assert "3 of 3 cells were measured before" in err
     assert "[" not in err
 
 

@@ -39,7 +39,8 @@ def code_blocks(page: Path) -> list[Block]:
     ]
 
 
-def _run(page: Path) -> None:
+def run_blocks(page: Path) -> None:
+    """Run the blocks of a page in this process and folder."""
     names: dict[str, object] = {"__name__": "__main__"}
     for block in code_blocks(page):
         if block.reason is not None:
@@ -53,4 +54,4 @@ def _run(page: Path) -> None:
 
 
 if __name__ == "__main__":
-    _run(Path(sys.argv[1]))
+    run_blocks(Path(sys.argv[1]))

@@ -1,9 +1,10 @@
 """Starts `performers` from a process that has already imported the libraries: importing them takes a command most of its time.
 
-    python preloaded.py FOLDER        serves at FOLDER/socket and writes the program FOLDER/performers
+    python preloaded.py FOLDER        writes the programs FOLDER/performers and FOLDER/blocks and serves them
 
-That program hands its arguments, folder, environment and streams to the server, which forks: a command still runs in a process
-of its own, with nothing in it that another command left. `test_wheel.py` runs commands that start from nothing.
+These programs hand their arguments, folder, environment and streams to a server, which forks: a command still runs in a process
+of its own, with nothing in it that another command left. Where `blocks` begins, no part of performers is imported: a page has to
+say so itself. `test_wheel.py` runs commands that start from nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,19 +32,34 @@ sys.exit(int(connection.recv(8) or 1))
 """
 
 
-def _import_all() -> None:
+def _import_libraries() -> None:
+    for name in ("h5py", "matplotlib.pyplot", "pandas", "transformers.models.auto.modeling_auto", "torch._dynamo"):
+        importlib.import_module(name)
+
+
+def _import_performers() -> None:
     import performers
 
-    for name in ("h5py", "matplotlib.pyplot", "pandas", "transformers.models.auto.modeling_auto"):
-        importlib.import_module(name)
     for module in pkgutil.walk_packages(performers.__path__, "performers."):
         if not module.name.endswith("__main__") and "triton" not in module.name:
             importlib.import_module(module.name)
 
 
-def _run(arguments: list[str], folder: str, environment: dict[str, str], streams: list[int]) -> NoReturn:
+def _performers() -> None:
     from performers.cli import main
 
+    main()
+
+
+def _blocks() -> None:
+    from blocks import run_blocks
+
+    run_blocks(Path(sys.argv[1]))
+
+
+def _run(
+    program: Callable[[], None], arguments: list[str], folder: str, environment: dict[str, str], streams: list[int]
+) -> NoReturn:
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
@@ -52,7 +69,8 @@ def _run(arguments: list[str], folder: str, environment: dict[str, str], streams
     sys.argv = ["performers", *arguments]
     status = 1
     try:
-        main()
+        program()
+        status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     except BaseException:
@@ -62,7 +80,7 @@ def _run(arguments: list[str], folder: str, environment: dict[str, str], streams
     os._exit(status)
 
 
-def _answer(connection: socket.socket) -> NoReturn:
+def _answer(program: Callable[[], None], connection: socket.socket) -> NoReturn:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     size, streams, _, _ = socket.recv_fds(connection, 8, 3)
     request = b""
@@ -70,29 +88,45 @@ def _answer(connection: socket.socket) -> NoReturn:
         request += connection.recv(1 << 20)
     child = os.fork()
     if child == 0:
-        _run(*json.loads(request), streams)
+        _run(program, *json.loads(request), streams)
     _, status = os.waitpid(child, 0)
     connection.sendall(str(os.waitstatus_to_exitcode(status) % 256).encode())
     os._exit(0)
 
 
-def _serve(folder: Path) -> NoReturn:
-    _import_all()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that answer
+def _listen(folder: Path, name: str) -> socket.socket:
+    """A socket that takes requests from now on, and the program that sends them."""
+    address = str(folder / f"{name}.socket")
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(folder / "socket"))
+    listener.bind(address)
     listener.listen()
-    client = folder / "performers"
-    client.write_text(_CLIENT.format(python=sys.executable, address=str(folder / "socket")))
+    client = folder / name
+    client.write_text(_CLIENT.format(python=sys.executable, address=address))
     client.chmod(0o755)
-    print("ready", flush=True)
+    return listener
+
+
+def _serve(program: Callable[[], None], listener: socket.socket) -> NoReturn:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that answer
     while True:
         connection, _ = listener.accept()
         if os.fork() == 0:
             listener.close()
-            _answer(connection)
+            _answer(program, connection)
         connection.close()
 
 
+def _start(folder: Path) -> NoReturn:
+    blocks, performers = _listen(folder, "blocks"), _listen(folder, "performers")
+    _import_libraries()
+    print("ready", flush=True)
+    if os.fork() == 0:
+        blocks.close()
+        _import_performers()
+        _serve(_performers, performers)
+    performers.close()
+    _serve(_blocks, blocks)
+
+
 if __name__ == "__main__":
-    _serve(Path(sys.argv[1]))
+    _start(Path(sys.argv[1]))

@@ -1,10 +1,9 @@
-"""Every code block of the README and the documentation, run in order in a fresh process, as a reader would."""
+"""Every code block of the README and the documentation, run in order in a process of its own, as a reader would."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,7 @@ PAGES_WITH_BLOCKS = [page for page in PAGES if any(block.reason is None for bloc
 @pytest.mark.parametrize("page", PAGES_WITH_BLOCKS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_blocks_of_a_page_run(page: Path, programs: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PATH": programs}
-    command = [sys.executable, str(Path(__file__).with_name("blocks.py")), str(page)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(["blocks", str(page)], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
@@ -38,12 +36,13 @@ def test_every_command_line_in_the_documentation_exists() -> None:
 
     from performers.cli import app
 
+    root = get_command(app)
     for page in PAGES:
         for block in code_blocks(page):
             for line in block.code.splitlines():
                 words = line.split()
                 if block.language == "bash" and "performers" in words:
-                    command = get_command(app)
+                    command = root
                     for word in words[words.index("performers") + 1 :]:
                         if hasattr(command, "commands"):
                             assert word in command.commands, f"{page.name}: {line}"

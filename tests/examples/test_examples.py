@@ -65,6 +65,7 @@ def recordings(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_music_is_learnt_and_played_from_recordings(tmp_path: Path, recordings: Path) -> None:
     output = tmp_path / "music"
     figures = figures_of("music.py", output, "--recordings", recordings, "--tracks", "duet", "solo")
@@ -80,6 +81,7 @@ def test_music_is_learnt_and_played_from_recordings(tmp_path: Path, recordings: 
         assert np.abs(sound).max() > 0.1
 
 
+@pytest.mark.slow
 def test_tours_through_berlin_are_never_shorter_than_the_best_and_repeat_with_the_seed(tmp_path: Path) -> None:
     first, again = (figures_of("salesman.py", tmp_path / name, "--instances", DATA) for name in ("first", "again"))
     assert first == again

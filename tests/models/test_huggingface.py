@@ -45,7 +45,9 @@ def run(code: str, *arguments: Any) -> str:
     return subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "order", [name if name == "transformers first" else pytest.param(name, marks=pytest.mark.slow) for name in ORDERS]
+)
 def test_the_auto_classes_open_our_folders_in_any_order_of_imports(order: str, make: Make, tmp_path: Path) -> None:
     make(PerformerForMaskedLM).save_pretrained(tmp_path)
     PerformerTokenizer().save_pretrained(tmp_path)

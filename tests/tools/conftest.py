@@ -114,8 +114,10 @@ def fasta(records: list[Record], tmp_path_factory: pytest.TempPathFactory) -> Pa
 def start() -> Callable[..., BaseProcess]:
     """Starts a function of `tool_processes` in a process of its own."""
     context = multiprocessing.get_context("forkserver")
+    # What the tools import on their way is imported once as well.
+    libraries = ["h5py", "matplotlib.figure", "matplotlib.backends.backend_agg", "pandas", "sklearn.linear_model"]
     context.set_forkserver_preload(
-        ["performers.tools.embedding", "performers.models.modeling_performer", "tool_processes"]
+        ["performers.tools.embedding", "performers.models.modeling_performer", "tool_processes", *libraries]
     )
     import tool_processes
 

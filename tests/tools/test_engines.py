@@ -254,6 +254,7 @@ def test_scores_can_be_made_on_ray(ray: Any, masked: Path, tmp_path: Path, small
     assert digest(tmp_path / "ray" / "s.csv") == digest(tmp_path / "local" / "s.csv")
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_in_a_worker_is_said_as_it_is_here(
     ray: Any, masked: Path, fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_shards: None
 ) -> None:

@@ -58,7 +58,11 @@ def train(settings: Callable[..., dict[str, Any]]) -> Callable[..., PretrainResu
 @pytest.fixture(scope="session")
 def context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["performers.training.loop", "performers.models.modeling_performer", "victims"])
+    # What a run imports on its way is imported once as well: the log of TensorBoard, and what draws the loss.
+    drawn = ["torch.utils.tensorboard", "matplotlib.figure", "matplotlib.backends.backend_agg"]
+    context.set_forkserver_preload(
+        ["performers.training.loop", "performers.models.modeling_performer", "victims", *drawn]
+    )
     return context
 
 

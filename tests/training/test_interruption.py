@@ -78,7 +78,7 @@ def test_a_run_killed_in_every_phase_of_a_save_ends_bit_identical(
 def test_a_signal_saves_and_the_run_goes_on_from_there(
     number: signal.Signals, status: int, tmp_path: Path, start: Start, settings: Settings, train: Train
 ) -> None:
-    changes = {"steps": 150, "checkpoint_every": 1000, "evaluate_every": 0}
+    changes = {"steps": 90, "checkpoint_every": 1000, "evaluate_every": 0}
     train(tmp_path / "whole", **changes)
     run = tmp_path / "stopped"
     process = start("command_line", "pretrain", *as_options(settings(run, **changes)))
@@ -89,7 +89,7 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(
     assert process.exitcode == status
     saved = list_checkpoints(run)
     assert len(saved) == 1
-    assert 3 <= load_progress(saved[0]).step < 150
+    assert 3 <= load_progress(saved[0]).step < 90
     assert not (run / "model").exists()
     train(run, **changes)
     assert outcome(run) == outcome(tmp_path / "whole")
