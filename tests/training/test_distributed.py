@@ -319,8 +319,7 @@ def two_hosts(kind: str) -> Iterator[list[tuple[list[str], str, dict[str, str]]]
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["loopback", "namespaces"])
+@pytest.mark.parametrize("kind", ["loopback", pytest.param("namespaces", marks=pytest.mark.slow)])
 def test_one_sequence_over_two_hosts(kind: str, tmp_path: Path, one: Path, fasta: Path, settings: Settings) -> None:
     values = settings(tmp_path / "run", validation=[str(fasta)], sequence_parallel=2, sharding="full", **TWENTY_STEPS)
     with two_hosts(kind) as hosts:
