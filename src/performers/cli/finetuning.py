@@ -56,7 +56,7 @@ def finetune(
     if not result.figures:
         return  # a dry run, or a process that only joined
 
-    from performers.tools.finetuned import coverage_in_words, rows_of
+    from performers.tools.finetuned import coverage_in_words, rows_of, weights_in_words
 
     figures = result.figures
     sets = ", ".join(f"{count:,} {name}" for name, count in figures["sets"].items())
@@ -64,6 +64,7 @@ def finetune(
         f"{figures['target']} ({figures['task']}); {sets} proteins, split by {figures['split']['by']}. Test proteins:"
     )
     table(*rows_of(figures))
+    print(weights_in_words(figures))
     print(coverage_in_words(figures))
     print(
         f"The model is in {result.output}: performers predict --model {result.output} -i proteins.fasta -o predictions.csv"

@@ -151,6 +151,15 @@ def coverage_in_words(figures: dict[str, Any]) -> str:
     )
 
 
+def weights_in_words(figures: dict[str, Any]) -> str:
+    """Which weights the model has."""
+    if figures["best_step"]:
+        return f"The weights are those of step {figures['best_step']:,}."
+    return (
+        "No step made it better on the validation proteins: its body is as it was, with the head that suits that best."
+    )
+
+
 def _named(config: FinetuneConfig) -> str:
     how = "adapters (LoRA)" if config.lora else "head only" if config.frozen else "all weights"
     return f"finetuned, {how}"
@@ -265,7 +274,7 @@ def _readme(model: HeadedModel, figures: dict[str, Any]) -> str:
 # {figures["target"]}: {figures["task"]}
 
 A protein language model, {figures["model"]}, finetuned with performers {__version__} on {sets} proteins (split by
-{figures["split"]["by"]}; the weights are those of step {figures["best_step"]:,}). {labels}{
+{figures["split"]["by"]}). {weights_in_words(figures)} {labels}{
         f'''
 {remark}
 '''
@@ -301,7 +310,7 @@ def _methods(config: FinetuneConfig, model: HeadedModel, figures: dict[str, Any]
     return (
         f"The protein language model {figures['model']} ({model.num_parameters:,} parameters) was finetuned with performers "
         f"{__version__} ({what}; AdamW) to predict {figures['target']} ({figures['task']}) from {sets['train']:,} proteins, with "
-        f"early stopping on {sets['validation']:,} others. "
+        f"early stopping on {sets['validation']:,} others{'' if figures['best_step'] else ', for which no step was a gain'}. "
         f"Proteins were split by {by.get(figures['split']['by'], figures['split']['by'])}, and figures are those of "
         f"{sets['test']:,} test proteins, with 95 % bootstrap intervals over proteins."
     )
