@@ -1,6 +1,7 @@
 """Put a finished training run into the package as a bundled model, with a card made from what was recorded of it.
 
-    python scripts/bundle_models.py RUN NAME [--before RUN] [--evaluation FILE] [--exact FILE] [--hardware TEXT]
+    python scripts/bundle_models.py RUN NAME [--before RUN] [--evaluation FILE] [--exact FILE [--exact-but TEXT]]
+        [--hardware TEXT]
 
 RUN is a folder of `performers pretrain`, NAME the last part of the model's name (protein-masked). A run that began with the
 weights of another (init_from) needs that one too: `--before`, the earliest first. `src/performers/weights/NAME` gets
@@ -14,7 +15,8 @@ weights of another (init_from) needs that one too: `--before`, the earliest firs
 
 Figures are measured here (some minutes on a CPU), unless the folder has those of the very same weights already, or FILE holds
 what `performers evaluate --model performers/NAME --json` printed elsewhere. `--exact` takes what the same command printed for a
-Transformer of the same size with exact attention, trained alike. Figures of other weights, masks or proteins are refused.
+Transformer of the same size with exact attention, trained alike but for what `--exact-but` says. Figures of other weights, masks
+or proteins are refused.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ def main() -> None:
     )
     parser.add_argument("--evaluation", type=Path, help="figures that were measured elsewhere")
     parser.add_argument("--exact", type=Path, help="figures of the same model with exact attention, trained alike")
+    parser.add_argument("--exact-but", help="how its training differs")
     parser.add_argument("--hardware", help="what it was trained on, for people; by default the device of the record")
     parser.add_argument(
         "--also",
@@ -81,7 +84,7 @@ def bundle(run: Path, target: Path, arguments: argparse.Namespace) -> None:
         if total > MAX_BYTES:
             sys.exit(f"The bundled weights would take {total:,} bytes: expected at most {MAX_BYTES:,}.")
         evaluation = read_evaluation(folder, target, arguments.evaluation)
-        exact = None if arguments.exact is None else read_exact(arguments.exact, evaluation)
+        exact = None if arguments.exact is None else read_exact(arguments.exact, evaluation, arguments.exact_but)
         evaluation |= {"model": f"performers/{target.name}"} | ({} if exact is None else {"exact": exact})
         write_json(folder / EVALUATION, evaluation)
         for number, part in enumerate(parts, start=1):
@@ -174,8 +177,8 @@ def read_evaluation(folder: Path, target: Path, given: Path | None) -> dict[str,
     return {**evaluation, "weights": weights}
 
 
-def read_exact(file: Path, evaluation: dict[str, Any]) -> dict[str, Any]:
-    """The figures of the exact Transformer, which have to be of the same residues and a model of the same size."""
+def read_exact(file: Path, evaluation: dict[str, Any], but: str | None) -> dict[str, Any]:
+    """The figures of the exact Transformer, which have to be of the same residues and a model of the same size; and `but`."""
     exact = json.loads(file.read_text(encoding="utf-8"))
     if exact["attention"] != ["exact"]:
         sys.exit(f"{file}: a model with {', '.join(exact['attention'])} attention; expected exact attention.")
@@ -185,7 +188,7 @@ def read_exact(file: Path, evaluation: dict[str, Any]) -> dict[str, Any]:
         other = exact["sets"][name]
         if any(other[key] != figures[key] for key in ("tokens", "baseline_perplexity", "objective", "scheme", "seed")):
             sys.exit(f"{file}: its {name} figures are of other residues.")
-    return {key: exact[key] for key in ("sets", "parameters", "attention", "device", "dtype", "version")}
+    return {key: exact[key] for key in ("sets", "parameters", "attention", "device", "dtype", "version")} | {"but": but}
 
 
 def draw_curve(log: list[dict[str, Any]], picture: Path, title: str) -> None:

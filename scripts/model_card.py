@@ -203,8 +203,8 @@ def _figures(records: Records) -> str:
     beside = (
         ""
         if exact is None
-        else f" The exact Transformer is this model with exact in place of FAVOR attention ({exact['parameters']:,} parameters), "
-        "trained alike; where intervals overlap, the order is undecided."
+        else f" The exact Transformer is this model with exact attention ({exact['parameters']:,} parameters), trained alike"
+        f"{', but ' + exact['but'] if exact['but'] else ''}; where intervals overlap, the order is undecided."
     )
     return f"""\
 ## Figures
