@@ -120,6 +120,16 @@ def test_the_state_of_a_design_takes_as_many_bytes_after_ten_as_after_ten_thousa
     assert 0 < sizes[0] < 10_000
 
 
+def test_a_local_window_adds_nothing_to_the_state_once_it_is_full() -> None:
+    bundled = LanguageModel.open("performers/protein-causal", device="cpu")
+    sizes = []
+    for length in (100, 10_000):
+        sampler = Sampler(bundled, min_length=length, max_length=length, prompt="M" * (length - 2), at_once=1)
+        sampler.compute([Group(0, 1, length)])
+        sizes.append(sampler.state_bytes)
+    assert sizes[0] == sizes[1]
+
+
 def test_partners_are_read_as_a_joint_row_reads_them(writer: LanguageModel) -> None:
     past = Past.of(writer, [FIRST, SECOND])
     found = log_likelihoods(writer, ["MKTAY", "GGSGG"], past)

@@ -635,6 +635,18 @@ def test_contexts_that_cannot_be_read_together_are_listed(
     assert rows(tmp_path / "p" / "predictions.tsv") == []
 
 
+def test_pairs_of_one_label_alone_teach_nothing_and_one_protein_makes_no_pair(
+    many: Path, folders: Callable[[str], Path], trained: Callable[[str], Path], tmp_path: Path
+) -> None:
+    a, b, c = [record.id for record in read_fasta(str(many))][:3]
+    pairs = write(tmp_path / "p.tsv", f"{a}\t{b}\t1\n{b}\t{c}\t1\n")
+    with pytest.raises(InputError, match=r"all usable pairs are labelled 1; expected"):
+        train_interactions(str(many), pairs, tmp_path / "run", folders("masked"))
+    one = write(tmp_path / "one.fasta", ">a\nMKTAYIAK\n")
+    with pytest.raises(InputError, match="There is 1 protein; expected two or more"):
+        predict_to(tmp_path / "one", [str(one)], trained("states"))
+
+
 def test_two_proteins_of_one_name_are_refused(table: Path, folders: Callable[[str], Path], tmp_path: Path) -> None:
     fasta = write(tmp_path / "x.fasta", ">a\nMKT\n>b\nMKV\n>a\nMKW\n")
     with pytest.raises(InputError, match="both called 'a'"):

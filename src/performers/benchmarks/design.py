@@ -234,6 +234,11 @@ def _bootstrap(values: _Floats, seed: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def _mean_bits(values: list[float], seed: int) -> str:
+    low, high = _bootstrap(np.array(values), seed)
+    return f"{np.mean(values):.1f} ({low:.1f} to {high:.1f})"
+
+
 # Judged by a profile.
 
 
@@ -387,12 +392,13 @@ def tables(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
             [
                 CONTINUATIONS[name],
                 f"{np.mean([cell['hits'][name] for cell in families]):.0%}",
-                f"{np.mean([cell['bits'][name] for cell in families]):.1f}",
+                _mean_bits([cell["bits"][name] for cell in families], settings["seed"]),
             ]
             for name in CONTINUATIONS
         ]
         title = (
-            f"What follows the first {settings['prompt']} residues of a member, by profiles of {len(families)} families"
+            f"What follows the first {settings['prompt']} residues of a member, by profiles of {len(families)} families "
+            "(95 % interval over them)"
         )
         found.append((title, ["continuation", f"hits (E <= {E_VALUE:g})", "bits"], rows))
     partner = next((cell for cell in done if cell["part"] == "partner"), None)

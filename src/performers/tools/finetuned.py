@@ -36,6 +36,14 @@ if TYPE_CHECKING:
 
 FIGURES = "figures.json"
 CONFIDENCE = 0.9
+PROBING = """\
+@inproceedings{kumar2022finetuning,
+  title = {Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution},
+  author = {Kumar, Ananya and Raghunathan, Aditi and Jones, Robbie and Ma, Tengyu and Liang, Percy},
+  booktitle = {International Conference on Learning Representations},
+  year = {2022}
+}
+"""
 
 
 def finish(
@@ -63,6 +71,7 @@ def finish(
         seed=config.seed,
         device=config.device,
         inputs=origin["inputs"],
+        references=PROBING if config.linear_probe else "",
         announce=False,
     )
     with record:
@@ -268,13 +277,14 @@ def _readme(model: HeadedModel, figures: dict[str, Any]) -> str:
     ends = "TokenClassification" if figures["task"] == "residue" else "SequenceClassification"
     remark = remark_on_split(figures["split"])
     converted = f" ({CONVERSION} says more of its attention)" if CONVERSION in model.files else ""
-    labels = f"The labels are {', '.join(figures['labels'])}.\n" if figures["labels"] else ""
+    labels = f" The labels are {', '.join(figures['labels'])}." if figures["labels"] else ""
     sets = ", ".join(f"{count:,} {name}" for name, count in figures["sets"].items())
     return f"""\
 # {figures["target"]}: {figures["task"]}
 
 A protein language model, {figures["model"]}, finetuned with performers {__version__} on {sets} proteins (split by
-{figures["split"]["by"]}). {weights_in_words(figures)} {labels}{
+{figures["split"]["by"]}). {weights_in_words(figures)}{labels}
+{
         f'''
 {remark}
 '''
@@ -307,10 +317,13 @@ def _methods(config: FinetuneConfig, model: HeadedModel, figures: dict[str, Any]
         "identity": f"clusters of {config.identity:.0%} sequence identity (MMseqs2)",
         "random": "chance, relatives not held apart",
     }
+    fit = "ridge" if figures["task"] == "regression" else "multinomial logistic"
+    begun = f"; the head begun by {fit} regression on what the untouched model says" if config.linear_probe else ""
+    end = "" if figures["best_step"] else ", for which no step was a gain"
     return (
         f"The protein language model {figures['model']} ({model.num_parameters:,} parameters) was finetuned with performers "
-        f"{__version__} ({what}; AdamW) to predict {figures['target']} ({figures['task']}) from {sets['train']:,} proteins, with "
-        f"early stopping on {sets['validation']:,} others{'' if figures['best_step'] else ', for which no step was a gain'}. "
+        f"{__version__} ({what}; AdamW{begun}) to predict {figures['target']} ({figures['task']}) from {sets['train']:,} "
+        f"proteins, with early stopping on {sets['validation']:,} others{end}. "
         f"Proteins were split by {by.get(figures['split']['by'], figures['split']['by'])}, and figures are those of "
         f"{sets['test']:,} test proteins, with 95 % bootstrap intervals over proteins."
     )

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, Field, model_validator
 
 from performers.errors import CheckpointError, InputError, MissingExtraError, OutputError
-from performers.folders import room_for, temporary_name, write_file
+from performers.folders import room_for, sha256_of, temporary_name, write_file
 from performers.tools.labelled import (
     SETS,
     LabelledProteins,
@@ -79,7 +79,9 @@ class _Finetuning(BaseModel):
         None, gt=0, lt=0.5, description="Share of the validation set and of the test set. [0.15, more if they are few]"
     )
     baselines: bool = Field(True, description="Measure ridge regressions beside the model (needs scikit-learn).")
-    toks_per_batch: int = Field(16_384, ge=1, description="Tokens in one forward pass, padding included.")
+    toks_per_batch: int = Field(
+        16_384, ge=1, description="Tokens in one forward pass, padding included; two proteins at least."
+    )
     evaluate_proteins: int = Field(500, ge=1, description="At most so many validation proteins at an evaluation.")
 
 
@@ -97,7 +99,9 @@ class FinetuneConfig(TrainConfig, _Finetuning):
     )
     batch_size: int = Field(16, ge=1, le=2**24, description="Proteins in one optimizer step, over all processes.")
     micro_batch_size: int | None = Field(
-        None, ge=1, description="Proteins in one forward pass of one process, at most. [as --toks-per-batch allows]"
+        None,
+        ge=1,
+        description="Proteins in one forward pass of one process, at most, 2 at least. [as --toks-per-batch allows]",
     )
     learning_rate: Number = Field(1e-4, gt=0, description="Peak learning rate.")
     weight_decay: Number = Field(0.01, ge=0, description="Weight decay of matrices; biases and norms have none.")
@@ -296,15 +300,21 @@ class Finetuning(Task[FinetuneConfig]):
                 )
             origin = {"split": about, "weights": weights, "inputs": [describe_file(config.input)]}
             write_labelled(run / _PROTEINS, proteins)
-            write_file(run / _ORIGIN, json.dumps(origin, indent=1) + "\n")
             _warn(proteins, config, about)
+            if config.linear_probe:
+                self.proteins = read_labelled(run / _PROTEINS, config.target, config.task)
+                self._fit_head(run / _HEAD)
+                origin["head"] = sha256_of(run / _HEAD)
+            write_file(run / _ORIGIN, json.dumps(origin, indent=1) + "\n")
         self.proteins = read_labelled(run / _PROTEINS, config.target, config.task)
-        if config.linear_probe and hasattr(self, "_read"):
-            self._fit_head(run / _HEAD)
         self.origin = json.loads((run / _ORIGIN).read_text(encoding="utf-8"))
         if self.origin["weights"] != weights:
             raise CheckpointError(
                 f"{self._reader.folder} is not what it was when the run in {run} began; give a new output folder."
+            )
+        if config.linear_probe and not ((run / _HEAD).is_file() and sha256_of(run / _HEAD) == self.origin.get("head")):
+            raise CheckpointError(
+                f"{run / _HEAD}, the head that the run began with, is missing or damaged; give a new output folder."
             )
 
     def inputs(self) -> list[dict[str, Any]]:

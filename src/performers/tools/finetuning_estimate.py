@@ -100,7 +100,7 @@ def estimate(config: FinetuneConfig, reader: LanguageModel, proteins: LabelledPr
         model: Any = lessons.model(None).to(device)
         pace = _seconds_of_a_step(config, lessons, model, device) / lessons.tokens(0)
     steps = max(config.steps - done, 0)
-    evaluations = math.ceil(steps / config.evaluation_interval)
+    evaluations = math.ceil(steps / config.evaluation_interval) + (not done)
     read = evaluations * min(config.evaluate_proteins, held_out) + len(proteins) - training
     read += len(proteins) if config.baselines else 0
     read += lessons.probed if config.linear_probe and not done else 0

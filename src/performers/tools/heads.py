@@ -199,6 +199,17 @@ def rescale_(model: Any, mean: float, std: float) -> None:
     layer.bias.mul_(std).add_(mean)
 
 
+def _compute_exactly(layer: nn.Linear) -> None:
+    """Keeps a head out of autocast: vectors of variants of one protein differ by less than bfloat16 resolves in its products."""
+    forward = layer.forward
+
+    def exact(input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return forward(input.float())
+
+    layer.forward = exact
+
+
 @contextlib.contextmanager
 def _without_reports() -> Iterator[None]:
     """Keeps off the screen that a new head has no weights yet: that is what is asked for."""
@@ -226,6 +237,7 @@ class HeadedModel(LanguageModel):
         self.family: str = model.config.model_type
         self.files = sorted(file.name for file in folder.iterdir())
         self.is_performer = False  # a head reads rows padded, also that of a Performer
+        _compute_exactly(last_layer(model))
 
     @classmethod
     def of(cls, folder: str | Path, *, device: str = "auto", dtype: str = "auto") -> HeadedModel:

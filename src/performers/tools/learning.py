@@ -61,7 +61,7 @@ class Lessons:
         config: how it learns.
         reader: the language model that a head is put on.
         proteins: with sets.
-        head: the file of what `fit_head` gave, with which the head begins; None begins with a random one.
+        head: the file of what `fit_head` gave, with which the head of a linear probe begins; None leaves it at zero.
 
     Attributes:
         mean, std: of the training targets, for regression; 0 and 1 otherwise.
@@ -73,25 +73,27 @@ class Lessons:
     ) -> None:
         self._config, self._reader, self._proteins, self._head = config, reader, proteins, head
         self._training, self._validation = proteins.of("train"), proteins.of("validation")
-        chosen = shuffled(len(self._validation), derive_seed(config.seed, "evaluation set"))[: config.evaluate_proteins]
-        self._measured = [self._validation[place] for place in np.sort(chosen).tolist()]
+        known = self._with_labels(self._validation)
+        chosen = shuffled(len(known), derive_seed(config.seed, "evaluation set"))[: config.evaluate_proteins]
+        self._measured = [known[place] for place in np.sort(chosen).tolist()]
         self._order = Order(len(self._training), config.batch_size, config.seed)
         self.mean, self.std = 0.0, 1.0
         if proteins.kind == "regression":
             values = np.concatenate([proteins.targets[row] for row in self._training])
             self.mean, self.std = float(values.mean()), float(values.std())
-        self._probed = self._few(self._training)
-        self.probed = len(self._probed) + len(self._measured)
+        self._probed, self._probed_for = self._few(self._training), self._few(self._measured)
+        self.probed = len(self._probed) + len(self._probed_for)
         self._reference = sorted(self._probed, key=lambda row: len(proteins.sequences[row]))[len(self._probed) // 2]
 
     def model(self, checkpoint: Path | None) -> nn.Module:
         """The model as the run begins with it, or as a checkpoint has it."""
         config, proteins = self._config, self._proteins
         model: Any = add_head(self._reader.folder, proteins.kind, proteins.labels, config.seed)
-        if self._head is not None:
+        if config.linear_probe:
             replaced = last_layer(model)
             layer = StandardisedLinear(replaced.in_features, replaced.out_features)
-            layer.load_state_dict(load_file(self._head))
+            if self._head is not None:
+                layer.load_state_dict(load_file(self._head))
             _replace(model, replaced, layer)
         head = head_parameters(model)
         if config.frozen:
@@ -120,7 +122,7 @@ class Lessons:
         device = choose_device(self._config.device)
         model = add_head(self._reader.folder, self._proteins.kind, self._proteins.labels, self._config.seed).to(device)
         layer = last_layer(model)
-        train, validation = (self._seen(model, layer, rows, device) for rows in (self._probed, self._measured))
+        train, validation = (self._seen(model, layer, rows, device) for rows in (self._probed, self._probed_for))
         with torch.enable_grad():
             fitted = fit_linear(train, validation, layer.out_features)
         fitted.reference.copy_(self._seen(model, layer, [self._reference], device).features[0])
@@ -150,12 +152,19 @@ class Lessons:
 
     def _few(self, proteins: list[int]) -> list[int]:
         """Some of them, drawn with the seed, as many as the first head needs."""
+        proteins = self._with_labels(proteins)
         order = shuffled(len(proteins), derive_seed(self._config.seed, "linear probe")).tolist()
         chosen = [proteins[place] for place in order[:_PROBED_PROTEINS]]
         if self._proteins.kind != "residue":
             return chosen
         residues = np.cumsum([len(self._proteins.sequences[protein]) for protein in chosen])
         return chosen[: int(np.searchsorted(residues, _PROBED_RESIDUES)) + 1]
+
+    def _with_labels(self, proteins: list[int]) -> list[int]:
+        """Those of which something is known; all of them if that is none."""
+        if self._proteins.kind != "residue":
+            return proteins
+        return [row for row in proteins if (self._proteins.targets[row] != IGNORED).any()] or proteins
 
     # A step.
 
@@ -172,12 +181,14 @@ class Lessons:
         rows = self.rows(step)
         keys = [derive_seed(self._config.seed, "dropout", step, place) for place in range(len(rows))]
         mine = range(world.rank, len(rows), world.size)
-        batches = self._batches([rows[place] for place in mine], self._config.micro_batch_size)
+        layer = self._following(model)
+        beside = 0 if layer is None else len(self._row(self._reference))
+        batches = self._batches([rows[place] for place in mine], self._config.micro_batch_size, beside)
         examples = [
             self._example([rows[mine[i]] for i in batch], [keys[mine[i]] for i in batch] if self._keyed else None)
             for batch in batches
         ]
-        if (layer := self._following(model)) is not None:
+        if layer is not None:
             layer.follows = True
             examples = [self._with_reference(example) for example in examples]
         return accumulate_gradients(_Loss(model, self._proteins.kind), examples, world, dtype)
@@ -212,12 +223,20 @@ class Lessons:
     def _row(self, protein: int) -> Row:
         return self._reader.row([self._proteins.sequences[protein]])
 
-    def _batches(self, proteins: Sequence[int], most: int | None = None) -> Iterator[list[int]]:
-        """Indices into `proteins` of like length, as many as fit into `toks_per_batch` with their padding."""
+    def _batches(self, proteins: Sequence[int], most: int | None = None, beside: int = 0) -> Iterator[list[int]]:
+        """Indices into `proteins` of like length, as many as fit into `toks_per_batch` with their padding, `most` at most.
+
+        Both count a row of `beside` tokens that is read along, if any.
+        """
         lengths = [len(self._row(protein)) for protein in proteins]
         batch: list[int] = []
         for index in sorted(range(len(proteins)), key=lambda i: -lengths[i]):
-            if batch and ((len(batch) + 1) * lengths[batch[0]] > self._config.toks_per_batch or len(batch) == most):
+            rows = len(batch) + (beside > 0)
+            if batch and (
+                (rows + 1) * max(lengths[batch[0]], beside) > self._config.toks_per_batch
+                or rows == most
+                or len(batch) == most
+            ):
                 yield batch
                 batch = []
             batch.append(index)

@@ -64,10 +64,11 @@ class StandardisedLinear(nn.Module):
         self.follows, self.moved = False, 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d) to (..., outputs)."""
-        x = x.float()
-        moved = x[0] - self.reference if self.follows else self.moved
-        return F.linear((x - self.centre - moved) / self.scale, self.weight, self.bias)
+        """(..., d) to (..., outputs), in float32 whatever autocast says."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            moved = x[0] - self.reference if self.follows else self.moved
+            return F.linear((x - self.centre - moved) / self.scale, self.weight, self.bias)
 
     @torch.no_grad()
     def folded(self) -> nn.Linear:

@@ -3,7 +3,8 @@
 Designs are drawn side by side, `at_once` rows at a time, by Hugging Face's `generate()`. Rows belong to designs once and for
 all: design i is row i mod `at_once` of group i div `at_once`, a group is always drawn whole, and each row has random numbers of
 its own. So a design is a function of the seed and its number: more designs, a resumed run or another order change none of them.
-What a group takes is its sequences and one attention state per row, whose size does not depend on the length (FAVOR).
+What a group takes is its sequences and one attention state per row, whose size does not depend on the length (FAVOR; a local
+window, once it is full).
 
 With partners, their chains are read first, in one context in which positions restart with every chain, and the design is drawn
 after them. Of several candidates the one with the largest preference is kept:

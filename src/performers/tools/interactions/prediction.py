@@ -81,6 +81,8 @@ class Predictor(Summariser):
         if self._groups is not None and not named:
             raise InputError(f"{self._groups}: all of its groups are empty; expected an identifier after each group.")
         if self._pairs is None and self._groups is None:
+            if len(known) < 2:
+                raise InputError(f"There is {len(known):,} protein; expected two or more, of which pairs can be made.")
             named, longest = dict.fromkeys(known), sum(sorted(costs.values())[-2:])
         if known.keys().isdisjoint(named):
             raise InputError(

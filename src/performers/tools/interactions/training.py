@@ -230,6 +230,11 @@ class Interaction(Task[InteractConfig]):
         )
         proteins = list(known.values())
         labelled = labelled_pairs(config.pairs, {name: number for number, name in enumerate(known)})
+        if len(set(labelled.labels.tolist())) == 1:
+            raise InputError(
+                f"{config.pairs}: all usable pairs are labelled {labelled.labels[0]}; expected pairs that interact (1) and pairs "
+                "that do not (0)."
+            )
         for remark in report.remarks():
             _say(remark)
         split = split_pairs(
