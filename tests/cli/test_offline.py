@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -38,9 +39,16 @@ MASKED = "performers/protein-masked"
 
 
 @pytest.fixture(scope="module")
-def statuses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int | str]:
-    """How each command ended."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the commands run; `home` in it is the user's."""
     folder = tmp_path_factory.mktemp("offline")
+    (folder / "home").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def statuses(folder: Path) -> dict[str, int | str]:
+    """How each command ended."""
     records = [record for record in read_fasta("bundled:validation") if len(record.sequence) <= 60][:12]
     rows = [f"{record.sequence},{record.sequence.count('L')}" for record in records]
     (folder / "data.csv").write_text("sequence,y\n" + "\n".join(rows) + "\n")
@@ -55,6 +63,8 @@ def statuses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int | str]:
         ["report", "-i", "x.fasta", "-o", "report.html", "--model", MASKED],
     ]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment.setdefault("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+    environment |= {"HOME": str(folder / "home")}
     done = subprocess.run(
         [sys.executable, "-c", ALL, json.dumps(commands)], capture_output=True, text=True, env=environment, cwd=folder
     )
@@ -65,3 +75,12 @@ def statuses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int | str]:
 @pytest.mark.parametrize("command", ["score", "contacts", "finetune", "predict", "report"])
 def test_no_tool_asks_the_network(command: str, statuses: dict[str, int | str]) -> None:
     assert statuses[command] == 0
+
+
+def test_no_tool_writes_outside_its_output_and_the_cache(folder: Path, statuses: dict[str, int | str]) -> None:
+    assert set(statuses.values()) == {0}
+    assert [file for file in (folder / "home").rglob("*") if file.is_file() and ".cache" not in file.parts] == []
+    given, outputs = {"home", "data.csv", "x.fasta", "v.csv"}, {"s", "contacts", "ft", "y", "report"}
+    beside = {"run.json", "cite.bibtex", "methods.txt"}
+    others = {file.name for file in folder.iterdir()} - given - beside
+    assert {name.split(".")[0] for name in others} == outputs

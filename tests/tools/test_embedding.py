@@ -74,6 +74,15 @@ def test_order_and_company_change_nothing(model: LanguageModel, records: list[Re
             np.testing.assert_allclose(other.per_tok, alone.per_tok, atol=1e-5, rtol=2e-3)  # a step of float16
 
 
+def test_bfloat16_stays_near_float32(masked: Path, records: list[Record]) -> None:
+    precise, fast = (list(embed(records, masked, device="cpu", dtype=dtype)) for dtype in ("float32", "bfloat16"))
+    for one, other in zip(precise, fast, strict=True):
+        assert one.mean is not None
+        assert other.mean is not None
+        assert not np.array_equal(one.mean, other.mean)
+        assert np.linalg.norm(one.mean - other.mean) < 0.03 * np.linalg.norm(one.mean)
+
+
 def test_isolated_chains_are_the_proteins_they_are_alone_and_joint_ones_are_not(model: LanguageModel) -> None:
     whole, first, second = embedded([Record("", "", text, 1) for text in ("MKTAY:WWC", "MKTAY", "WWC")], model)
     assert first.per_tok is not None
