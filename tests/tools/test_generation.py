@@ -107,14 +107,16 @@ def test_the_log_likelihood_of_a_design_is_the_models_own(writer: LanguageModel)
         assert design.log_likelihood == pytest.approx(float(own.mean()), abs=1e-5)
 
 
+def state_bytes(model: LanguageModel, length: int, designs: int) -> int | None:
+    sampler = Sampler(model, min_length=length, max_length=length, prompt="M" * (length - 2), at_once=designs)
+    sampler.compute([Group(0, designs, length)])
+    return sampler.state_bytes
+
+
 def test_the_state_of_a_design_takes_as_many_bytes_after_ten_as_after_ten_thousand_tokens(
     writer: LanguageModel,
 ) -> None:
-    sizes = []
-    for length in (10, 10_000):
-        sampler = Sampler(writer, min_length=length, max_length=length, prompt="M" * (length - 2), at_once=2)
-        sampler.compute([Group(0, 2, length)])
-        sizes.append(sampler.state_bytes)
+    sizes = [state_bytes(writer, length, 2) for length in (10, 10_000)]
     assert sizes[0] == sizes[1]
     assert sizes[0] is not None
     assert 0 < sizes[0] < 10_000
@@ -122,12 +124,9 @@ def test_the_state_of_a_design_takes_as_many_bytes_after_ten_as_after_ten_thousa
 
 def test_a_local_window_adds_nothing_to_the_state_once_it_is_full() -> None:
     bundled = LanguageModel.open("performers/protein-causal", device="cpu")
-    sizes = []
-    for length in (100, 10_000):
-        sampler = Sampler(bundled, min_length=length, max_length=length, prompt="M" * (length - 2), at_once=1)
-        sampler.compute([Group(0, 1, length)])
-        sizes.append(sampler.state_bytes)
+    sizes = [state_bytes(bundled, length, 1) for length in (100, 10_000)]
     assert sizes[0] == sizes[1]
+    assert sizes[0] is not None
 
 
 def test_partners_are_read_as_a_joint_row_reads_them(writer: LanguageModel) -> None:

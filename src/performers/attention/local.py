@@ -90,8 +90,10 @@ def _plan(query: Tensor, key: Tensor, at: Positions, is_causal: bool, numbers: l
     (window,) = numbers
     device = at.key_at.device
     asked = (at.query_at >= 0).nonzero()[:, 0]
-    first, end = at.first + int(asked[0]) if len(asked) else 0, len(at.key_at) if len(asked) else 0
-    size = min(window, max(end - first, 1))  # a single query, as in decoding, has a block of its own size
+    if not len(asked):
+        return Plan([])
+    first, end = at.first + int(asked[0]), len(at.key_at)
+    size = min(window, end - first)  # a single query, as in decoding, has a block of its own size
     start = torch.arange(first, end, size, device=device)[:, None]
     queries = start + torch.arange(size, device=device)
     keys = start + torch.arange(1 - window, size if is_causal else size + window - 1, device=device)

@@ -287,7 +287,8 @@ class Finetuning(Task[FinetuneConfig]):
         if not hasattr(self, "_reader"):
             self._reader = self._language_model()
         weights = self._reader.fingerprint()
-        if hasattr(self, "_read"):
+        begins, origin = hasattr(self, "_read"), dict[str, Any]()
+        if begins:
             proteins, about = self._read, {"by": f"column {config.split_column}"}
             if not proteins.sets:
                 proteins, about = split_labelled(
@@ -301,12 +302,12 @@ class Finetuning(Task[FinetuneConfig]):
             origin = {"split": about, "weights": weights, "inputs": [describe_file(config.input)]}
             write_labelled(run / _PROTEINS, proteins)
             _warn(proteins, config, about)
+        self.proteins = read_labelled(run / _PROTEINS, config.target, config.task)
+        if begins:
             if config.linear_probe:
-                self.proteins = read_labelled(run / _PROTEINS, config.target, config.task)
                 self._fit_head(run / _HEAD)
                 origin["head"] = sha256_of(run / _HEAD)
             write_file(run / _ORIGIN, json.dumps(origin, indent=1) + "\n")
-        self.proteins = read_labelled(run / _PROTEINS, config.target, config.task)
         self.origin = json.loads((run / _ORIGIN).read_text(encoding="utf-8"))
         if self.origin["weights"] != weights:
             raise CheckpointError(

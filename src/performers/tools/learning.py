@@ -136,9 +136,7 @@ class Lessons:
         with layer.register_forward_pre_hook(lambda _, inputs: vectors.append(inputs[0])):
             for batch in self._batches(proteins):
                 example = self._example([proteins[index] for index in batch])
-                inputs = {name: example[name].to(device) for name in ("input_ids", "attention_mask")}
-                with autocast(device, choose_dtype(self._config.dtype, device)):
-                    model(**inputs)
+                _logits(model, example, device, choose_dtype(self._config.dtype, device))
                 vector, labels = vectors.pop().cpu(), example["labels"]
                 if vector.shape[:-1] != labels.shape:
                     raise UnsupportedError(
@@ -291,9 +289,7 @@ class Lessons:
         for batch in self._batches([proteins[place] for place in mine]):
             places = [mine[index] for index in batch]
             example = self._example([proteins[place] for place in places])
-            inputs = {name: example[name].to(world.device) for name in ("input_ids", "attention_mask")}
-            with autocast(world.device, dtype):
-                logits: Tensor = model(**inputs).logits
+            logits = _logits(model, example, world.device, dtype)
             for number, place in enumerate(places):
                 values = logits[number : number + 1]
                 if self._proteins.kind == "residue":
@@ -378,6 +374,13 @@ class _Loss:
             flat = logits.flatten(0, -2)
             loss = F.cross_entropy(flat, labels.flatten(), reduction="sum", ignore_index=IGNORED)
         return SimpleNamespace(loss=loss / num_items_in_batch)
+
+
+def _logits(model: Any, example: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What a model says of a batch without learning from it."""
+    inputs = {name: example[name].to(device) for name in ("input_ids", "attention_mask")}
+    with autocast(device, dtype):
+        return model(**inputs).logits
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
