@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 
 from performers.data import read_fasta
 from performers.errors import ConfigError, InputError
@@ -46,6 +48,16 @@ def test_relatives_change_the_losses_and_how_rows_are_dealt_out_does_not(
     assert losses(tmp_path / "alone") != pytest.approx(losses(tmp_path / "related"), abs=1e-5)
     inputs = json.loads((tmp_path / "related" / "run.json").read_text())["inputs"]
     assert related["clusters"] in {entry["name"] for entry in inputs}
+
+
+def test_two_processes_with_shares_of_the_weights_read_relatives_as_one_does(
+    tmp_path: Path, settings: Settings, related: dict[str, Any], context: ForkServerContext
+) -> None:
+    values = {**related, "sharding": "full", "validation": [], "evaluate_every": 0}
+    for size in (1, 2):
+        run = ranks.launch(context, ranks.train, size, settings(tmp_path / f"{size}", **values))
+        assert ranks.statuses(run) == [0] * size
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), abs=1e-5)
 
 
 def test_clusters_and_related_contexts_belong_together(settings: Settings, tmp_path: Path) -> None:

@@ -116,6 +116,11 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    @contextlib.contextmanager
+    def gathered(self, model: nn.Module) -> Iterator[None]:
+        """A block in which a layer's weights, once gathered, stay until its end: for passes that lead into one another."""
+        yield
+
     def sum_gradients_(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Replaces every gradient by its sum over all processes.
 
@@ -171,6 +176,21 @@ class ShardedWorld(World):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
         return model.to(self.device)
+
+    @contextlib.contextmanager
+    def gathered(self, model: nn.Module) -> Iterator[None]:
+        """All layers' weights are whole from the forward pass to the end of the block; gradients and moments are shares."""
+        assert isinstance(model, FSDPModule)
+        model.set_reshard_after_forward(False)
+        model.set_reshard_after_backward(False)
+        try:
+            yield
+        finally:
+            model.set_reshard_after_forward(True)
+            model.set_reshard_after_backward(True)
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def sum_gradients_(self, parameters: Iterable[nn.Parameter]) -> None:
         """Nothing: the backward pass has added them up, each process its share."""

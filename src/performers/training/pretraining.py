@@ -6,6 +6,7 @@ The run folder holds the corpus besides, where it was built from FASTA files. Wh
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 import sys
@@ -168,7 +169,10 @@ class Pretraining(Task[PretrainConfig]):
         from performers.training.loop import accumulate_gradients
 
         examples = micro_batches(self.config, self._contexts, step, world)
-        return accumulate_gradients(self._forward, examples, world, dtype, self.config.sequence_chunk)
+        # Relatives are read in a pass of their own, whose layers pass gradients on through their states alone.
+        whole = world.gathered(model) if self.config.contexts == "related" else contextlib.nullcontext()
+        with whole:
+            return accumulate_gradients(self._forward, examples, world, dtype, self.config.sequence_chunk)
 
     def ring_attention_bytes(self, model: Any, world: World, dtype: torch.dtype) -> int:
         """Keys and values of every layer and row, once around the processes that hold the row, and back with their gradients."""
