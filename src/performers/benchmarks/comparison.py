@@ -45,13 +45,15 @@ _QUICK_RECIPE: dict[str, Any] = {"layers": 2, "d": 64, "d_ff": 128, "context": 2
 class Recipe:
     """What all runs of a comparison share.
 
-    The defaults are meant for a quarter of an hour a run on two cores: small batches, and twice as many masks as usual.
+    The defaults are meant for minutes a run on a core: small batches, twice as many masks as usual, and an optimizer that learns
+    proteins in fewer steps.
 
     Attributes:
         heads, layers, d_ff, d: the size of the model, as the papers give it.
         context, contexts, clusters, batch_size: as in `PretrainConfig`.
         scheme: how masked residues are shown in training; evaluation hides them all.
         mask_proportion: in training; evaluation has 0.15.
+        optimizer: as in `PretrainConfig`.
         dtype, device, threads: as in `PretrainConfig`.
     """
 
@@ -63,8 +65,9 @@ class Recipe:
     contexts: str = "packed"
     clusters: str | None = None
     batch_size: int = 4
-    scheme: str = "bert"
+    scheme: str = "mask"
     mask_proportion: float = 0.3
+    optimizer: str = "muon"
     dtype: str = "auto"
     device: str = "cpu"
     threads: int | None = None
@@ -270,7 +273,7 @@ def run_cell(
     redraw_every: int | None = None,
     score_on: Sequence[str],
     score_proteins: int,
-    points: int = 10,
+    points: int = 5,
 ) -> Cell:
     """The cell of `train`.
 

@@ -53,8 +53,8 @@ class ContextSettings:
     proteins: int = 200
     sources: Sequence[str] = ("bundled:validation", "bundled:test", "bundled:ood")
     recipe: Recipe = field(default_factory=lambda: Recipe(context=4096, batch_size=1))
-    steps: int = 3000
-    learning_rate: float = 2e-3
+    steps: int = 1000
+    learning_rate: float = 4e-3
     batch_tokens: int = 16_384
     device: str = "cpu"
     threads: int | None = None

@@ -83,7 +83,7 @@ class FamilySettings:
             InputError: a name or a number that is not in order, or files that belong together and are not all there.
         """
         defaults: dict[str, Any] = {"families": 6, "members": 4, "targets": 1, "steps": 10} if quick else {}
-        shape = {"context": 512 if quick else 4096, "batch_size": 1, "contexts": "related", "scheme": "mask"}
+        shape = {"context": 512 if quick else 4096, "batch_size": 1, "contexts": "related", "optimizer": "adamw"}
         clusters = given.pop("clusters", None)  # also a key of the recipe, which gets it once the families are prepared
         settings = cls(clusters=clusters, **recipe_and_rest(quick, defaults, {**shape, **given}))
         check_systems(settings.systems)

@@ -59,9 +59,9 @@ class QualitySettings(ComparisonSettings):
     systems: Sequence[str] = LEARNERS
     objectives: Sequence[str] = ("mlm", "clm")
     budgets: Sequence[str] = ("steps", "time")
-    steps: int = 6000
-    learning_rates: Sequence[float] = (1e-3, 2e-3, 4e-3)
-    trial_steps: int = 1200
+    steps: int = 1000
+    learning_rates: Sequence[float] = (2e-3, 4e-3, 8e-3)
+    trial_steps: int = 200
 
     @classmethod
     def of_size(cls, quick: bool, **given: Any) -> QualitySettings:

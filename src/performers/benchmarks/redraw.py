@@ -39,10 +39,10 @@ class RedrawSettings(ComparisonSettings):
         steps, learning_rate: of a run.
     """
 
-    intervals: Sequence[int] = (0, 100, 1000)
+    intervals: Sequence[int] = (0, 20, 100)
     objective: str = "mlm"
-    steps: int = 6000
-    learning_rate: float = 2e-3
+    steps: int = 1000
+    learning_rate: float = 4e-3
 
     @classmethod
     def of_size(cls, quick: bool, **given: Any) -> RedrawSettings:

@@ -234,7 +234,7 @@ Labels = Annotated[
     str | None,
     typer.Option(help="TSV of record id and family, to split the input by family.", show_default="by cluster"),
 ]
-Steps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps of a run.", show_default="6000")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps of a run.", show_default="1000")]
 Context = Annotated[int | None, typer.Option(min=4, help="Tokens in one context.", show_default="512")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Contexts in one step.", show_default="4")]
 Heads = Annotated[int | None, typer.Option(min=1, help="Heads of the model.", show_default="2")]
@@ -244,7 +244,8 @@ FeedForward = Annotated[
 ]
 Width = Annotated[int | None, typer.Option("--d", min=1, help="Width of the model.", show_default="128")]
 LearningRate = Annotated[
-    float | None, typer.Option(min=0.0, help="Peak learning rate.", show_default="0.002; concatenated: 0.001")
+    float | None,
+    typer.Option(min=0.0, help="Peak learning rate.", show_default="0.004; family: 0.002; concatenated: 0.001"),
 ]
 ScoreProteins = Annotated[
     int | None, typer.Option(min=1, help="Proteins of each set that are scored.", show_default="500")
@@ -394,10 +395,10 @@ def benchmark_quality(
     input: Proteins = None,
     labels: Labels = None,
     steps: Steps = None,
-    trial_steps: Annotated[int | None, typer.Option(min=1, help="Steps of a trial.", show_default="1200")] = None,
+    trial_steps: Annotated[int | None, typer.Option(min=1, help="Steps of a trial.", show_default="200")] = None,
     learning_rate: Annotated[
         str | None,
-        typer.Option(help="Learning rates that each system tries, with commas.", show_default="0.001,0.002,0.004"),
+        typer.Option(help="Learning rates that each system tries, with commas.", show_default="0.002,0.004,0.008"),
     ] = None,
     seeds: Seeds = None,
     context: Context = None,
@@ -469,7 +470,7 @@ def benchmark_context(
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimizer steps of the training.", show_default="3000")
+        int | None, typer.Option(min=1, help="Optimizer steps of the training.", show_default="1000")
     ] = None,
     context: Annotated[int | None, typer.Option(min=4, help="Tokens in training.", show_default="4096")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Contexts in one step.", show_default="1")] = None,
@@ -512,7 +513,7 @@ def benchmark_context(
 def benchmark_redraw(
     redraw_every: Annotated[
         str | None,
-        typer.Option(help="Steps between redraws, with commas; 0, never, among them.", show_default="0,100,1000"),
+        typer.Option(help="Steps between redraws, with commas; 0, never, among them.", show_default="0,20,100"),
     ] = None,
     objective: Annotated[Literal["mlm", "clm"], typer.Option(help="Masked or causal.")] = "mlm",
     input: Proteins = None,
