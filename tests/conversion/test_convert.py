@@ -10,23 +10,26 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import DECODERS, GO, PAGE, REFUSED, build, coverage_page, hidden, inputs_of
+from families import BART, DECODERS, GO, PAGE, REFUSED, SMALL, VISION, build, coverage_page, hidden, inputs_of
 
 import performers
+from performers.attention import MECHANISMS, ExactAttention
 from performers.conversion.measurement import call_error, outcome
 from performers.conversion.specification import Specification
 from performers.errors import CheckpointError, InputError, UnsupportedError
 
 
+@pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("name", GO)
-def test_exact_attention_through_our_path_is_the_original(name: str) -> None:
-    """`sparse` with a window that covers everything is exact attention: this proves the wires, not the estimate."""
+def test_exact_attention_through_our_path_is_the_original(
+    name: str, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This proves the wires, not the estimate."""
+    monkeypatch.setitem(MECHANISMS, "sparse", ExactAttention)
     model = build(name, *GO[name])
-    inputs = inputs_of(model)
-    if model.config.is_encoder_decoder:
-        del inputs["attention_mask"]  # a pattern has no place for queries among the padded keys of another sequence
+    inputs = inputs_of(model, padded=padded)
     before = hidden(model, inputs)
-    performers.convert(model, "sparse", stride=64)
+    performers.convert(model, "sparse")
     torch.testing.assert_close(hidden(model, inputs), before, atol=1e-5, rtol=1e-4)
     performers.convert(model, "exact")
     torch.testing.assert_close(hidden(model, inputs), before, atol=1e-6, rtol=1e-5)
@@ -127,8 +130,12 @@ def test_generating_from_a_state_equals_recomputing(name: str) -> None:
     assert torch.equal(model.generate(**inputs, **settings), recomputed)
     beams = {**settings, "num_beams": 3}
     assert torch.equal(model.generate(**inputs, **beams), model.generate(**inputs, **beams, use_cache=False))
-    out = model.generate(**inputs, **settings, return_dict_in_generate=True)
-    assert {layer.state.nbytes for layer in out.past_key_values.layers} == {out.past_key_values.layers[0].state.nbytes}
+    sizes = []
+    for number in (4, 20):
+        changed = {**settings, "max_new_tokens": number, "return_dict_in_generate": True}
+        layers = model.generate(**inputs, **changed).past_key_values.layers
+        sizes.append([layer.state.nbytes for layer in layers])
+    assert sizes[0] == sizes[1], "a state does not grow"
 
 
 def test_the_name_alone_works_after_importing_performers_in_either_order() -> None:
@@ -209,6 +216,13 @@ def test_padding_on_the_left_is_invisible_to_a_decoder() -> None:
         torch.testing.assert_close(shifted, model(ids, use_cache=False).logits, atol=1e-5, rtol=1e-4)
 
 
+def test_chains_whose_tokens_alternate_are_refused() -> None:
+    model = performers.convert(build("EsmcModel", *GO["EsmcModel"]), "favor", num_features=64)
+    ids = torch.randint(4, 24, (1, 6), generator=torch.Generator().manual_seed(2))
+    with pytest.raises(UnsupportedError, match="not next to each other"):
+        model(ids, sequence_id=torch.tensor([[0, 1, 0, 1, 0, 1]]))
+
+
 def test_chains_do_not_see_each_other() -> None:
     model = performers.convert(build("EsmcModel", *GO["EsmcModel"]), "favor", num_features=64)
     ids = torch.randint(4, 24, (1, 20), generator=torch.Generator().manual_seed(2))
@@ -245,13 +259,68 @@ def test_dropout_of_weights_that_are_not_there_is_set_to_zero_and_said(caplog: p
     model.train()(torch.ones(1, 4, dtype=torch.long))[0].sum().backward()
 
 
+@pytest.mark.parametrize("name", GO)
+def test_attention_weights_cannot_be_asked_for(name: str) -> None:
+    model = performers.convert(build(name, *GO[name]), "favor")
+    with pytest.raises(UnsupportedError, match="output_attentions"):
+        model(**inputs_of(model), output_attentions=True)
+
+
 def test_requests_that_cannot_be_met_are_refused_in_words() -> None:
     model = performers.convert(build("BertModel", *GO["BertModel"]), "favor")
     ids = torch.ones(1, 4, dtype=torch.long)
     with pytest.raises(UnsupportedError, match="ready-made attention mask of 4 dimensions"):
         model(ids, attention_mask=torch.zeros(1, 1, 4, 4))
-    with pytest.raises(UnsupportedError, match="output_attentions"):
-        model(ids, output_attentions=True)
+    decoder = performers.convert(build("LlamaForCausalLM", *GO["LlamaForCausalLM"]), "favor")
+    offsets = torch.tensor([0, 2, 4], dtype=torch.int32)
+    with pytest.raises(UnsupportedError, match="packing by cu_seq_lens"):
+        decoder(ids, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, use_cache=False)
+    for settings in ({}, {"attention_mask": ids}):
+        cache = transformers.StaticCache(config=decoder.config, max_cache_len=8)
+        with pytest.raises(UnsupportedError, match=r"a cache of fixed length \(8\)"):
+            decoder(ids, past_key_values=cache, **settings)
+
+
+def test_a_window_is_refused_from_the_first_token_that_it_would_hide() -> None:
+    config, settings, _ = REFUSED["MistralForCausalLM"]
+    model = performers.convert(build("MistralForCausalLM", config, {**settings, "sliding_window": 12}), "favor")
+    ids = torch.randint(4, 24, (1, 13), generator=torch.Generator().manual_seed(0))
+    model(ids[:, :12])
+    with pytest.raises(UnsupportedError, match="sliding window of 12"):
+        model(ids)
+    asked = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    assert model.generate(ids[:, :8], max_new_tokens=4, **asked).shape == (1, 12)
+    with pytest.raises(UnsupportedError, match="sliding window of 12"):
+        model.generate(ids[:, :8], max_new_tokens=6, **asked)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "settings", "words"),
+    [
+        ("CLIPModel", "CLIPConfig", {"text_config": SMALL, "vision_config": VISION}, "made of several models"),
+        ("WhisperModel", "WhisperConfig", {**BART, "pad_token_id": 1}, "reads input_features"),
+    ],
+)
+def test_a_model_that_is_not_one_stack_of_tokens_or_pixels_is_refused(
+    name: str, config: str, settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=words):
+        performers.convert(getattr(transformers, name)(getattr(transformers, config)(**settings)), "favor")
+
+
+def test_layers_that_training_drops_at_random_are_all_converted() -> None:
+    config = transformers.M2M100Config(**BART, encoder_layerdrop=0.5, decoder_layerdrop=0.5)
+    model = performers.convert(transformers.M2M100Model(config).train(), "favor", num_features=16)
+    assert model.config.performers["layers"] is None
+    assert model.training
+
+
+@pytest.mark.parametrize("kernel", ["softmax-sharp", "softmax-optimal"])
+def test_causal_attention_has_such_features_fitted_or_refused(kernel: str) -> None:
+    model = build("LlamaForCausalLM", *GO["LlamaForCausalLM"])
+    with pytest.raises(InputError, match="give some sequences to fit it to"):
+        performers.convert(model, "favor", kernel=kernel)
+    performers.convert(model, "favor", kernel=kernel, sequences=[[5, 6, 7, 8], [9, 10, 11]])
 
 
 @pytest.mark.parametrize(
@@ -323,15 +392,20 @@ def test_few_features_are_said_with_the_measured_error(caplog: pytest.LogCapture
     caplog.clear()
     performers.convert(model, "favor", num_features=4)
     assert "on random tokens" in caplog.text
+    caplog.clear()
+    performers.convert(build("ViTModel", *GO["ViTModel"]), "favor", num_features=4)
+    assert "on random pixels the last hidden states are off by" in caplog.text
 
 
 def test_the_list_of_families_in_the_documentation_is_up_to_date() -> None:
     assert PAGE.read_text(encoding="utf-8") == coverage_page(), "run python tests/conversion/families.py"
 
 
-def test_a_performer_is_opened_by_the_same_function(tmp_path: Path) -> None:
+def test_a_performer_is_opened_by_the_same_function_and_not_converted(tmp_path: Path) -> None:
     config = performers.PerformerConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
     performers.PerformerForMaskedLM(config).save_pretrained(tmp_path)
     assert type(performers.load(tmp_path)).__name__ == "PerformerForMaskedLM"
+    with pytest.raises(UnsupportedError, match="is a Performer already"):
+        performers.convert(tmp_path)

@@ -100,6 +100,13 @@ def test_an_encoder_gives_what_the_original_gives_and_no_fast_path_goes_around_i
     assert not torch.allclose(estimate[real], expected[real], atol=1e-2)
 
 
+def test_few_features_are_said_with_the_measured_error(caplog: pytest.LogCaptureFixture) -> None:
+    performers.convert(encoder(), "favor", num_features=64)
+    assert "num_features" not in caplog.text
+    performers.convert(encoder(), "favor", num_features=2)
+    assert "num_features=2 is less than the head size, 4: on random vectors" in caplog.text
+
+
 def test_a_decoder_with_attention_across_converts(exact: str) -> None:
     layer = nn.TransformerDecoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
     model = nn.TransformerDecoder(layer, 2).eval()

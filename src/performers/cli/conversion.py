@@ -35,7 +35,10 @@ _InputHelp = "FASTA, or text with a sequence in every line (.gz too)."
 def convert(
     path: _Model,
     output: Output,
-    attention: Annotated[Literal["favor", "reformer", "sparse"], typer.Option(help="Mechanism.")] = "favor",
+    attention: Annotated[
+        Literal["favor", "reformer", "sparse", "local", "exact"],
+        typer.Option(help="Mechanism; exact puts the model's own back."),
+    ] = "favor",
     kernel: Annotated[
         str | None, typer.Option(help="Kernel of favor.", show_default="softmax; softmax-prototypes with --input")
     ] = None,
@@ -53,12 +56,16 @@ def convert(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Replace the attention of a pretrained model by a linear one; nothing is trained.
+    """Replace the attention of a pretrained model by a linear one, or put its own back; nothing is trained.
 
     Example: performers convert esm2 -o esm2-linear -i proteins.fasta --layers auto:0.05
     """
     if attention != "favor" and (kernel is not None or num_features is not None):
         raise InputError(f"--kernel and --num-features are of favor, not of {attention}.")
+    if attention == "exact" and (input or layers != "all"):
+        raise InputError(
+            "--attention exact puts the model's own attention back in all layers: expected no --input, no --layers."
+        )
     arguments: dict[str, Any] = {"kernel": kernel or ("softmax-prototypes" if input else "softmax")}
     arguments["num_features"] = num_features or 256
     chosen = _layer_numbers(layers)
@@ -75,15 +82,14 @@ def convert(
             seed=seed,
             **(arguments if attention == "favor" else {}),
         )
-        specification = Specification.stored_in(model.config)
-        assert specification is not None
+        specification = Specification.stored_in(model.config)  # None if it is exact again
         return {
             "output": output,
             "model": type(model).__name__,
             "attention": attention,
-            "arguments": specification.arguments,
-            "layers": specification.layers,
-            "measured": specification.measured,
+            "arguments": {} if specification is None else specification.arguments,
+            "layers": None if specification is None else specification.layers,
+            "measured": None if specification is None else specification.measured,
         }
 
     settings = {"attention": attention, **arguments, "layers": layers, "sequences": sequences}

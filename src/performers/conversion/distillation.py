@@ -297,7 +297,8 @@ class Distillation(Task[DistilConfig]):
 
     def _weights(self) -> list[Path]:
         folders = [Path(folder) for folder in (self.config.model, self.config.teacher) if folder is not None]
-        return [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+        found = [sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")) for folder in folders]
+        return [file for files in found for file in files]
 
     def _read(self) -> tuple[list[str], list[str]]:
         """Sequences to train on, and to measure on: other files, or a part drawn with the seed, repeats on one side.

@@ -30,6 +30,7 @@ from transformers.masking_utils import (
     sliding_window_bidirectional_overlay,
     sliding_window_overlay,
 )
+from transformers.utils.output_capturing import _active_collector  # no public name says what a call is to return
 
 from performers.attention import MECHANISMS, exact_attention
 from performers.conversion import saving
@@ -103,16 +104,16 @@ def padding_mask(
         UnsupportedError: a mask that linear attention cannot express.
     """
     model = type(config).__name__.removesuffix("Config") if config is not None else "this model"
-    segments = _segments_of(mask_function, kv_length, model)
+    seen = int(q_offset) + q_length  # a state has no keys to count
+    segments = _segments_of(mask_function, max(kv_length, seen), model)
     if segments is not None:
         return segments.long()
-    if attention_mask is None:
-        return None
-    if attention_mask.shape[-1] < kv_length:
+    has_empty_slots = mask_function is not bidirectional_mask_function and kv_length > seen
+    if has_empty_slots or (attention_mask is not None and attention_mask.shape[-1] < kv_length):
         raise UnsupportedError(
             f"{model}: a cache of fixed length ({kv_length}) is asked for, which linear attention does not need."
         )
-    return attention_mask[:, -kv_length:]
+    return None if attention_mask is None else attention_mask[:, -kv_length:]
 
 
 def _number(module: nn.Module, specification: Specification) -> int:
@@ -237,11 +238,16 @@ def _check(
         "attention sinks": kwargs.get("s_aux") is not None,
         "a head mask": kwargs.get("head_mask") is not None,
         "a paged cache": kwargs.get("cache") is not None,
+        "packing by cu_seq_lens": kwargs.get("cu_seq_lens_q") is not None
+        and (mask is None or mask.dtype == torch.bool),
     }
     for what, present in refused.items():
         if present:
             raise UnsupportedError(f"{model}: {what} cannot be expressed by attn_implementation={name!r}.")
-    if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
+    # Some models keep the argument from their attention, and collect what it returns.
+    collected = _active_collector.get() or ()
+    asked = kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False)
+    if asked or "attentions" in collected or "cross_attentions" in collected:
         raise UnsupportedError(
             f"{model}: output_attentions=True, but attn_implementation={name!r} never forms attention weights."
         )

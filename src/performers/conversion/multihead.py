@@ -8,7 +8,7 @@ path that goes past the attention module, straight to its weights; they do not t
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -132,6 +132,8 @@ def convert(model: nn.Module, attention: str, layers: list[int] | None, seed: in
         mechanisms[number] = MECHANISMS[attention](head_dim=module.head_dim, seed=seed_of_layer, **arguments)
     # Nothing is changed before all of it is known to be in order.
     _restore(model)
+    few = next((number for number, mechanism in mechanisms.items() if _has_few_features(mechanism)), None)
+    exact = None if few is None else _on_random_vectors(modules[few][1], seed)
     dropped = False
     for number, mechanism in mechanisms.items():
         module = modules[number][1]
@@ -147,6 +149,38 @@ def convert(model: nn.Module, attention: str, layers: list[int] | None, seed: in
         _log.warning(
             "%s: attention dropout is set to 0: linear attention has no weights to drop.", type(model).__name__
         )
+    if few is not None and exact is not None:
+        module, features = modules[few][1], cast("Any", mechanisms[few]).features
+        error = (_on_random_vectors(module, seed) - exact).norm() / exact.norm()
+        _log.warning(
+            "%s: num_features=%d is less than the head size, %d: on random vectors the outputs of attention are off by %.0f %%.",
+            type(model).__name__,
+            features.num_features,
+            features.head_dim,
+            100 * error.item(),
+        )
+
+
+def _has_few_features(mechanism: nn.Module) -> bool:
+    features = getattr(mechanism, "features", None)
+    return features is not None and features.num_features < features.head_dim
+
+
+@torch.no_grad()
+def _on_random_vectors(module: nn.MultiheadAttention, seed: int) -> Tensor:
+    """The module's outputs for 64 vectors, the same ones in every call, in evaluation mode."""
+    weight = module.out_proj.weight
+    generator = torch.Generator().manual_seed(derive_seed(seed, "random vectors"))
+    query = torch.randn(64, module.embed_dim, generator=generator).to(weight)
+    key, value = (
+        query if size == module.embed_dim else torch.randn(64, size, generator=generator).to(weight)
+        for size in (module.kdim, module.vdim)
+    )
+    was_training = module.training
+    try:
+        return module.eval()(query, key, value, need_weights=False)[0]
+    finally:
+        module.train(was_training)
 
 
 def _restore(model: nn.Module) -> None:

@@ -8,12 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from performers.conversion import interface, multihead, saving
 from performers.conversion.calibration import choose_layers, error_bound, fit_tensors
 from performers.conversion.measurement import (
+    Inputs,
     Sequence_,
     batch_of,
     halves,
@@ -24,11 +26,23 @@ from performers.conversion.measurement import (
     token_ids,
 )
 from performers.conversion.specification import Specification
-from performers.conversion.wiring import apply, attention_modules, layer_numbers, open_model, restore, run
-from performers.errors import InputError
+from performers.conversion.wiring import (
+    anything,
+    apply,
+    attention_modules,
+    layer_numbers,
+    open_model,
+    restore,
+    run,
+)
+from performers.errors import InputError, UnsupportedError
+from performers.models.configuration_performer import PerformerConfig
+from performers.randomness import derive_seed
 
 _log = logging.getLogger(__name__)
 
+# Kernels that need statistics of all queries and keys: bidirectional attention takes those of its input.
+_FITTED_IF_CAUSAL = ("softmax-sharp", "softmax-optimal")
 # Tokens to measure on where no sequences are given.
 _RANDOM_TOKENS = 64
 
@@ -81,6 +95,10 @@ def convert(
                 f"{type(opened).__name__} is no model of Hugging Face: nothing can be measured on sequences."
             )
         multihead.convert(opened, attention, layers, seed, arguments)
+    elif isinstance(opened.config, PerformerConfig):
+        raise UnsupportedError(
+            f"{type(opened).__name__} is a Performer already: its attention is chosen in its configuration."
+        )
     elif attention == "exact":
         restore(opened)
     else:
@@ -108,6 +126,15 @@ def _convert(
     modules = attention_modules(model)
     numbers = None if isinstance(layers, str) else layer_numbers(layers, len(modules))
     classes = sorted({type(module).__name__ for module in modules})
+    if (
+        sequences is None
+        and arguments.get("kernel") in _FITTED_IF_CAUSAL
+        and any(getattr(m, "is_causal", False) for m in modules)
+    ):
+        raise InputError(
+            f"kernel={arguments['kernel']!r}: causal attention cannot look at all queries and keys before it begins: give some "
+            f"sequences to fit it to."
+        )
     specification = Specification(attention, arguments, numbers, classes, seed)
     specification.to_json()  # refuses what a file cannot hold
     tensors, judge_on = {}, None
@@ -127,10 +154,10 @@ def _convert(
     run(model)
     features = [getattr(interface.mechanism_of(module), "features", None) for module in modules]
     few = next((f for f in features if f is not None and f.num_features < f.head_dim), None)
-    if few is not None and model.main_input_name == "input_ids":
+    if few is not None:
         what = "the sequences"
         if judge_on is None:
-            what, judge_on = "random tokens", batch_of(model, [random_ids(model, _shortest(model), seed)])
+            what, judge_on = _anything_random(model, seed)
         apply(model, modules, replace(specification, layers=[]), tensors)
         exact = outcome(model, judge_on)
         apply(model, modules, specification, tensors)
@@ -145,8 +172,14 @@ def _convert(
         )
 
 
-def _shortest(model: PreTrainedModel) -> int:
-    return min(_RANDOM_TOKENS, longest_input(model) or _RANDOM_TOKENS)
+def _anything_random(model: PreTrainedModel, seed: int) -> tuple[str, Inputs]:
+    """What to measure on where there is nothing better, and its name."""
+    if model.main_input_name == "input_ids":
+        length = min(_RANDOM_TOKENS, longest_input(model) or _RANDOM_TOKENS)
+        return "random tokens", batch_of(model, [random_ids(model, length, seed)])
+    generator = torch.Generator().manual_seed(derive_seed(seed, "pixels"))
+    images = {name: torch.randn(x.shape, generator=generator).to(x) for name, x in anything(model).items()}
+    return "random pixels", images
 
 
 def load(folder: str | Path, architecture: str | None = None, **settings: Any) -> PreTrainedModel:

@@ -35,6 +35,8 @@ _DROPOUTS = (
     "dropout",
     "dropout_prob",
 )
+# The parts of a configuration that are of models of their own.
+_PARTS = ("text_config", "vision_config", "audio_config")
 _CONFIG_DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
 
 
@@ -44,18 +46,25 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     Raises:
         UnsupportedError: some of the model's layers do not call one, or ours cannot do what it asks for.
     """
+    name = type(model).__name__
     if not model._can_set_attn_implementation():
         raise UnsupportedError(
-            f"{type(model).__name__}: its attention is written into its layers, where Hugging Face lets nothing else in "
+            f"{name}: its attention is written into its layers, where Hugging Face lets nothing else in "
             f"(no AttentionInterface), so it cannot be replaced."
+        )
+    if sum(getattr(model.config, part, None) is not None for part in _PARTS) > 1:
+        raise UnsupportedError(f"{name} is made of several models: convert one of them, its text model for instance.")
+    if model.main_input_name not in ("input_ids", "pixel_values"):
+        raise UnsupportedError(
+            f"{name} reads {model.main_input_name}: only models that read tokens or pixels can be converted."
         )
     called: list[nn.Module] = []
     with _listening(model, called):
         run(model)
     expected = _number_of_attentions(model)
-    if len(called) < expected:
+    if len(called) < max(1, expected):
         raise UnsupportedError(
-            f"{type(model).__name__}: {len(called)} of its {expected} attention layers go through Hugging Face's "
+            f"{name}: {len(called)} of its {expected} attention layers go through Hugging Face's "
             f"AttentionInterface; the others would escape the conversion."
         )
     return [module for module in model.modules() if any(module is other for other in called)]
@@ -81,17 +90,16 @@ def _number_of_attentions(model: PreTrainedModel) -> int:
 
 @torch.no_grad()
 def run(model: PreTrainedModel) -> None:
-    """One forward pass over anything, in training mode, where dropout shows."""
-    inputs = _anything(model)
+    """One forward pass over anything, in evaluation mode, in which every layer takes part."""
     was_training = model.training
-    with torch.random.fork_rng(devices=[]):
-        try:
-            model.train()(**inputs)
-        finally:
-            model.train(was_training)
+    try:
+        model.eval()(**anything(model))
+    finally:
+        model.train(was_training)
 
 
-def _anything(model: PreTrainedModel) -> dict[str, Tensor]:
+def anything(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Inputs that the model can read: a few tokens, or a black image."""
     config = model.config
     if model.main_input_name == "pixel_values":
         vision = getattr(config, "vision_config", config)
