@@ -1,7 +1,7 @@
 """Put a finished training run into the package as a bundled model, with a card made from what was recorded of it.
 
-    python scripts/bundle_models.py RUN NAME [--before RUN] [--evaluation FILE] [--exact FILE [--exact-but TEXT]]
-        [--hardware TEXT]
+    python scripts/bundle_models.py RUN NAME [--before RUN] [--evaluation FILE]
+        [--exact FILE [--exact-run RUN] [--exact-but TEXT]] [--hardware TEXT]
 
 RUN is a folder of `performers pretrain`, NAME the last part of the model's name (protein-masked). A run that began with the
 weights of another (init_from) needs that one too: `--before`, the earliest first. `src/performers/weights/NAME` gets
@@ -15,8 +15,9 @@ weights of another (init_from) needs that one too: `--before`, the earliest firs
 
 Figures are measured here (some minutes on a CPU), unless the folder has those of the very same weights already, or FILE holds
 what `performers evaluate --model performers/NAME --json` printed elsewhere. `--exact` takes what the same command printed for a
-Transformer of the same size with exact attention, trained alike but for what `--exact-but` says. Figures of other weights, masks
-or proteins are refused.
+Transformer of the same size with exact attention, trained alike. `--exact-run` are the runs that made it, the earliest first:
+their settings have to be those of this model's, and the card states the time of both. What else differs, `--exact-but` says.
+Figures of other weights, masks or proteins are refused.
 """
 
 from __future__ import annotations
@@ -45,6 +46,11 @@ from performers.training.run_folder import GENERATOR, read_log
 
 MAX_BYTES = 80_000_000  # of all bundled weights together
 PATHS = ("input", "validation", "ood")
+ALIKE = (
+    *("objective", "scheme", "mask_proportion", "context", "steps", "batch_size", "optimizer", "learning_rate"),
+    *("final_learning_rate", "warmup_steps", "weight_decay", "clip", "dtype", "seed"),
+)
+"""The settings that the exact Transformer's training has to share."""
 
 
 def main() -> None:
@@ -56,8 +62,9 @@ def main() -> None:
     )
     parser.add_argument("--evaluation", type=Path, help="figures that were measured elsewhere")
     parser.add_argument("--exact", type=Path, help="figures of the same model with exact attention, trained alike")
-    parser.add_argument("--exact-but", help="how its training differs")
-    parser.add_argument("--hardware", help="what it was trained on, for people; by default the device of the record")
+    parser.add_argument("--exact-run", type=Path, action="append", default=[], help="a run of its training")
+    parser.add_argument("--exact-but", help="how else its training differs, in sentences")
+    parser.add_argument("--hardware", help="what they were trained on, for people; by default the device of the record")
     parser.add_argument(
         "--also",
         type=Path,
@@ -84,8 +91,12 @@ def bundle(run: Path, target: Path, arguments: argparse.Namespace) -> None:
         if total > MAX_BYTES:
             sys.exit(f"The bundled weights would take {total:,} bytes: expected at most {MAX_BYTES:,}.")
         evaluation = read_evaluation(folder, target, arguments.evaluation)
-        exact = None if arguments.exact is None else read_exact(arguments.exact, evaluation, arguments.exact_but)
-        evaluation |= {"model": f"performers/{target.name}"} | ({} if exact is None else {"exact": exact})
+        evaluation |= {"model": f"performers/{target.name}"}
+        if arguments.exact is not None:
+            exact = read_exact(arguments.exact, evaluation)
+            seconds = training_time(exact, arguments.exact_run, parts) if arguments.exact_run else None
+            kept = {key: exact[key] for key in ("sets", "parameters", "attention", "device", "dtype", "version")}
+            evaluation["exact"] = {**kept, "seconds": seconds, "but": arguments.exact_but}
         write_json(folder / EVALUATION, evaluation)
         for number, part in enumerate(parts, start=1):
             name = SETTINGS if number == len(parts) else f"config-part-{number}.yaml"
@@ -177,8 +188,8 @@ def read_evaluation(folder: Path, target: Path, given: Path | None) -> dict[str,
     return {**evaluation, "weights": weights}
 
 
-def read_exact(file: Path, evaluation: dict[str, Any], but: str | None) -> dict[str, Any]:
-    """The figures of the exact Transformer, which have to be of the same residues and a model of the same size; and `but`."""
+def read_exact(file: Path, evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The figures of the exact Transformer, which have to be of the same residues and a model of the same size."""
     exact = json.loads(file.read_text(encoding="utf-8"))
     if exact["attention"] != ["exact"]:
         sys.exit(f"{file}: a model with {', '.join(exact['attention'])} attention; expected exact attention.")
@@ -188,7 +199,22 @@ def read_exact(file: Path, evaluation: dict[str, Any], but: str | None) -> dict[
         other = exact["sets"][name]
         if any(other[key] != figures[key] for key in ("tokens", "baseline_perplexity", "objective", "scheme", "seed")):
             sys.exit(f"{file}: its {name} figures are of other residues.")
-    return {key: exact[key] for key in ("sets", "parameters", "attention", "device", "dtype", "version")} | {"but": but}
+    return exact
+
+
+def training_time(exact: dict[str, Any], runs: list[Path], parts: list[Part]) -> float:
+    """The seconds that these runs took, which have to have made the exact Transformer with the settings of `parts`."""
+    digest = sha256_of(find_model(runs[-1]) / "model.safetensors")
+    if [file["sha256"] for file in exact["weights"]] != [digest]:
+        sys.exit(f"{runs[-1]} did not make the exact Transformer that was evaluated.")
+    others = read_parts(runs)
+    for key in ALIKE:
+        values, expected = ([part.settings[key] for part in found] for found in (others, parts))
+        if values != expected:
+            sys.exit(f"The exact Transformer was trained with {key} {values}; expected {expected}.")
+    if (read := sum(part.tokens for part in others)) != (expected := sum(part.tokens for part in parts)):
+        sys.exit(f"The exact Transformer read {read:,} tokens; expected {expected:,}.")
+    return round(sum(part.seconds for part in others), 3)
 
 
 def draw_curve(log: list[dict[str, Any]], picture: Path, title: str) -> None:

@@ -52,7 +52,8 @@ class Records:
         name: the model's.
         parts: of its training.
         architecture: the model's config.json.
-        evaluation: what `evaluate_folder` gave for the held-out sets; under "exact" what it gave for the exact Transformer.
+        evaluation: what `evaluate_folder` gave for the held-out sets; under "exact" what it gave for the exact Transformer,
+            with the seconds that its training took (None if no run of it was given) and what else is to be said of it ("but").
         corpus: the corpus.json of the proteins it was trained on.
         num_bytes: of the weights.
         hardware: in words; None for what run.json says.
@@ -83,6 +84,11 @@ class Records:
                 lines.append({**line, **read, "step": line["step"] + step})
             step, tokens = step + part.step, tokens + part.tokens
         return lines
+
+    @property
+    def seconds(self) -> float:
+        """How long all parts took."""
+        return sum(part.seconds for part in self.parts)
 
     @property
     def is_causal(self) -> bool:
@@ -200,12 +206,13 @@ def _figures(records: Records) -> str:
         else "15 % of the residues are chosen, all of them are hidden as [MASK], and only they are scored: figures under BERT's\n"
         "80/10/10, where a tenth of the chosen is left to be seen, are higher and cannot be compared."
     )
-    beside = (
-        ""
+    again = (
+        "prints the table again."
         if exact is None
-        else f" The exact Transformer is this model with exact attention ({exact['parameters']:,} parameters), trained alike"
-        f"{', but ' + exact['but'] if exact['but'] else ''}; where intervals overlap, the order is undecided."
+        else "prints the figures of the model and the unigram baseline again;\n"
+        "those of the exact Transformer are what it printed for that model, whose weights are not bundled."
     )
+    measured = f"Measured with performers {evaluation['version']} on {evaluation['device']} in {evaluation['dtype']}"
     return f"""\
 ## Figures
 
@@ -213,11 +220,28 @@ def _figures(records: Records) -> str:
 {table}
 
 {scored} In brackets 95 % bootstrap intervals over proteins. The unigram baseline knows the frequencies of the very residues that
-are scored: it is the best that a model can do that ignores the context.{beside} Measured with performers
-{evaluation["version"]} on {evaluation["device"]} in {evaluation["dtype"]}, of the weights as they are bundled;
-`performers evaluate --model {records.name}` prints the table again.
+are scored: it is the best that a model can do that ignores the context. {_beside(records)}
+
+{measured}, of the weights as they are bundled;
+`performers evaluate --model {records.name}` {again}
 <!-- /figures -->
 """
+
+
+def _beside(records: Records) -> str:
+    """What stands beside the model in the table, and how fair that is."""
+    exact = records.evaluation.get("exact")
+    if exact is None:
+        return "No exact Transformer was trained to compare it with."
+    alike, time = "trained alike", ""
+    if exact["seconds"] is not None:
+        alike = "trained with the same settings for as many steps and tokens"
+        where = f", on {records.hardware}" if records.hardware else ""
+        time = f" Time was not equal: it took {_hours(exact['seconds'])}, this model {_hours(records.seconds)}{where}."
+    return (
+        f"The exact Transformer is this model with exact attention ({exact['parameters']:,} parameters), {alike}."
+        f"{' ' + exact['but'] if exact['but'] else ''}{time} Where intervals overlap, the order is undecided."
+    )
 
 
 def _data(records: Records) -> str:
@@ -244,7 +268,7 @@ def _training(records: Records) -> str:
     names = attention if isinstance(attention, str) else ", ".join(attention)
     arguments = ", ".join(f"{key} {value}" for key, value in architecture["attention_kwargs"].items())
     session = records.parts[-1].run["sessions"][-1]
-    seconds, tokens = sum(part.seconds for part in records.parts), sum(part.tokens for part in records.parts)
+    tokens = sum(part.tokens for part in records.parts)
     epochs = tokens / (records.corpus["residues"] + 2 * records.corpus["proteins"])
     threads = settings.get("threads")
     device = session["device"] + (
@@ -262,14 +286,14 @@ def _training(records: Records) -> str:
         "attention": f"{names} ({arguments})" if arguments else names,
         "parameters": f"{records.evaluation['parameters']:,}, {records.num_bytes / 1e6:.1f} MB in bfloat16",
         "objective": objective,
-        "contexts": f"{settings['context']:,} tokens, {settings['contexts']}",
+        "contexts": "; then ".join(dict.fromkeys(map(_contexts, records.parts))),
         "optimiser steps": "; then ".join(map(_steps, records.parts)),
         "tokens read": f"{tokens:,} ({epochs:.2f} passes over the data)",
         "optimiser": f"{settings.get('optimizer', 'adamw')}, weight decay {settings['weight_decay']:g}, clipped at "
         f"{settings['clip']:g}",
         "precision": f"{settings['dtype']} (autocast), weights in float32, rounded to bfloat16 at the end",
         "hardware": records.hardware or device,
-        "time": f"{seconds / 3600:.2f} hours" if seconds else "not recorded",
+        "time": _hours(records.seconds) if records.seconds else "not recorded",
         "software": f"performers {records.parts[-1].run['version']}, torch {session['torch']}",
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
@@ -285,6 +309,15 @@ def _training(records: Records) -> str:
 
 ![Loss against the step](curve.png)
 """
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.2f} hours"
+
+
+def _contexts(part: Part) -> str:
+    """What a part read at a time."""
+    return f"{part.settings['context']:,} tokens, {part.settings['contexts']}"
 
 
 def _steps(part: Part) -> str:
@@ -324,6 +357,7 @@ def _purpose(records: Records) -> str:
         else "embeddings for search, clustering and small supervised models; zero-shot ranking of substitutions; a start\nfor "
         "fine-tuning; and as a reference for work on linear attention"
     )
+    longest = max(part.settings["context"] for part in records.parts)
     worst = min(records.evaluation["sets"].items(), key=lambda item: item[1]["accuracy_gain"])
     return f"""\
 ## Intended use
@@ -338,7 +372,7 @@ before drawing conclusions.
   as much, are far better.
 - Swiss-Prot of 2014 leans towards model organisms, bacteria and conserved, well-studied families. Disordered, viral, designed and
   recently discovered proteins are rare in it, and predictions for them are worse.
-- It was trained on {records.settings["context"]:,} tokens at a time. Longer proteins are read whole, but what lies further apart
+- It was trained on at most {longest:,} tokens at a time. Longer proteins are read whole, but what lies further apart
   than that was never seen together.
 - It knows sequences alone: no structure, ligand, modification, cell or organism. A likely residue is not a functional one, and a
   score is not a measurement. Not for clinical use.

@@ -31,8 +31,8 @@ ASSUMPTIONS = {
     "utilisation": (0.3, "the part of that which a run reaches; measure: performers benchmark training"),
     "inside": (450e9, "bytes in a second and direction between the 8 GPUs of a machine; NVLink 4, by its data sheet"),
     "between": (50e9, "bytes in a second and direction between machines, for each GPU; 400 Gb/s, by its data sheet"),
-    "gpu-hour": (2.5, "price of a GPU for an hour"),
-    "gigabyte-month": (0.1, "price of a gigabyte of disk for a month"),
+    "gpu-hour": (2.5, "dollars for a GPU and hour"),
+    "gigabyte-month": (0.1, "dollars for a gigabyte of disk and month"),
     "long": (2**20, "tokens of one sequence that is divided over GPUs"),
 }
 GPUS_OF_A_MACHINE = 8
@@ -69,7 +69,7 @@ def print_storage(given: argparse.Namespace, parameters: int) -> None:
     ]
     print(f"\n{proteins:,.0f} proteins; a model of {parameters:,} parameters (`{given.preset}`).\n")
     print_table(
-        ["what", "GB", "", "a month"],
+        ["what", "GB", "", "dollars a month"],
         ([what, f"{size / 1e9:,.1f}", why, f"{size / 1e9 * given.gigabyte_month:,.2f}"] for what, size, why in rows),
     )
     print("\nBuilding the corpus:\n")
@@ -114,7 +114,7 @@ def print_training(given: argparse.Namespace, config: PerformerConfig, parameter
     print(
         f"One pass over the corpus, {steps:,.0f} steps, data parallel; gradients in float32, sent when all are there:\n"
     )
-    header = ["GPUs", "tokens each", "ms computing", "MB sent", "ms sending", "million tokens/s", "hours", "price"]
+    header = ["GPUs", "tokens each", "ms computing", "MB sent", "ms sending", "million tokens/s", "hours", "dollars"]
     print_table(header, map(row, gpus))
 
 

@@ -207,6 +207,41 @@ def test_quality_compares_at_equal_steps_and_time_and_goes_on(
     assert "6 of 6 cells were measured before" in capsys.readouterr().err
 
 
+def test_without_the_transformer_equal_time_is_that_of_the_first_system_that_could_be_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Neither timing nor training is what is tested here.
+    seconds = {"performer-relu": 0.2, "sparse": 0.1}
+
+    def measure_speed(cell: dict[str, Any], proteins: Any) -> dict[str, Any]:
+        if cell["system"] not in seconds:
+            return {"status": "skipped", "reason": "a step takes over 10 minutes"}
+        return {"status": "done", "seconds_per_step": seconds[cell["system"]]}
+
+    def train(cell: dict[str, Any], log: Any, proteins: Any) -> dict[str, Any]:
+        if (cell["part"], cell["system"], cell["seed"]) == ("run", "sparse", 2):
+            return {"status": "diverged", "reason": "The loss is nan at step 3."}
+        figures = {"accuracy": 0.2, "accuracy_gain": 0.1, "perplexity": 15.0, "baseline_accuracy": 0.1}
+        return {"status": "done", "scores": dict.fromkeys(("validation", *proteins.tests), figures)}
+
+    monkeypatch.setattr(quality, "measure_speed", measure_speed)
+    monkeypatch.setattr(quality, "train", train)
+    settings = QualitySettings.of_size(
+        True,
+        systems=("reformer", "performer-relu", "sparse"),
+        budgets=("time",),
+        steps=10,
+        seeds=(1, 2),
+        held_out=10,
+        **TINY,
+    )
+    report = measure_quality(settings, tmp_path, quick=True)
+    assert {row["system"]: row["budgets"]["time"] for row in report["chosen"]} == {"performer-relu": 10, "sparse": 20}
+    assert any("the time that Performer-relu takes for its steps" in note for note in report["notes"])
+    (rows,) = (rows for title, _, rows in quality.tables(report) if "mean and deviation of 2 seeds" in title)
+    assert [row[0] for row in rows] == ["Performer-relu", "Sparse Transformer (1 diverged)", "unigram"]
+
+
 def test_a_comparison_that_was_cut_off_goes_on_without_repeating_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,6 +292,8 @@ def test_a_run_that_diverges_is_a_result(tmp_path: Path, monkeypatch: pytest.Mon
     assert report["failed"] == 0
     assert report["notes"][-1].startswith("diverged: never redrawn, seed 2 and 1 more: The loss is nan")
     assert all(len(row["accuracy"]["values"]) == 1 for row in report["scores"])
+    perplexities = redraw.tables(report)[0][2]
+    assert {row[1] for row in perplexities} == {"never redrawn (1 diverged)", "redrawn every 2 steps (1 diverged)"}
 
 
 def test_what_is_not_in_order_is_refused() -> None:
@@ -264,6 +301,8 @@ def test_what_is_not_in_order_is_refused() -> None:
         QualitySettings.of_size(True, systems=("perfomer",))
     with pytest.raises(InputError, match="--budget money"):
         QualitySettings.of_size(True, budgets=("money",))
+    with pytest.raises(InputError, match="--budget: expected at least one of steps, time"):
+        QualitySettings.of_size(True, budgets=())
     with pytest.raises(InputError, match="--redraw-every"):
         RedrawSettings.of_size(True, intervals=(5,))
     assert QualitySettings.of_size(False).systems == LEARNERS

@@ -13,7 +13,7 @@ import transformers
 import performers
 from performers.benchmarks import conversion, experiment
 from performers.benchmarks.conversion import measure_conversion
-from performers.benchmarks.conversion_models import PACKAGES, cache_folder, fetch
+from performers.benchmarks.conversion_models import PACKAGES, fetch
 from performers.benchmarks.conversion_report import tables
 from performers.benchmarks.conversion_settings import ConversionSettings
 from performers.errors import InputError, RunError

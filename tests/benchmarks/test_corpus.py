@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,17 +35,34 @@ def test_what_cannot_be_measured_is_refused() -> None:
         CorpusSettings.of_size(True, workers=(0,))
 
 
-def test_the_plan_follows_its_assumptions(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def plan(*options: str) -> dict[str, list[str]]:
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
+    """Runs `scripts/plan_training.py`; the lines that it printed."""
+
+    def run(*options: str) -> list[str]:
         script = str(ROOT / "scripts" / "plan_training.py")
-        monkeypatch.setattr(sys, "argv", [script, "--preset", "tiny", "--gpus", "8", *options])
+        monkeypatch.setattr(sys, "argv", [script, *options])
         runpy.run_path(script, run_name="__main__")
-        lines = capsys.readouterr().out.splitlines()
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def test_the_plan_follows_its_assumptions(plan: Callable[..., list[str]]) -> None:
+    def cells(*options: str) -> dict[str, list[str]]:
+        lines = plan("--preset", "tiny", "--gpus", "8", *options)
         rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
         return {row[0]: row for row in rows if len(row) in (4, 8)}
 
-    once, twice = plan(), plan("--residues", "2e11")
+    once, twice = cells(), cells("--residues", "2e11")
     assert once["corpus: residues, a byte each"][1] == "100.0"
     assert twice["corpus: residues, a byte each"][1] == "200.0"
     hours, more_hours = (float(rows["8"][6].replace(",", "")) for rows in (once, twice))
     assert more_hours == pytest.approx(2 * hours, rel=0.2, abs=0.11)
+
+
+def test_the_plan_in_the_documentation_is_what_the_command_beside_it_prints(plan: Callable[..., list[str]]) -> None:
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    command = re.search(r"^python scripts/plan_training\.py (.+)$", page, re.MULTILINE)
+    assert command is not None
+    assert "\n".join(plan(*command[1].split())) in page

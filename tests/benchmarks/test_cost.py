@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from performers.benchmarks import concatenated, cost, energy, experiment
+from performers.benchmarks import concatenated, cost_report, energy, experiment
 from performers.benchmarks.concatenated import ConcatenatedSettings, continued, measure_concatenated
-from performers.benchmarks.cost import GIB, CostSettings, grid, longest_that_fits, measure_cost, why_not
+from performers.benchmarks.cost import (
+    CostSettings,
+    grid,
+    longest_lengths,
+    longest_that_fits,
+    measure_cost,
+    why_not,
+)
 from performers.benchmarks.cost_cell import step_energy, step_memory, step_time
-from performers.benchmarks.experiment import DONE, NO_ROOM, extrapolated
+from performers.benchmarks.cost_report import GIB
+from performers.benchmarks.experiment import DONE, NO_ROOM, SKIPPED, extrapolated
 from performers.errors import InputError
 
+MEASURES = ("memory", "time", "energy")
 CELL: dict[str, Any] = {
     "part": "model",
     "system": "performer-relu",
@@ -60,6 +71,42 @@ def test_the_longest_that_fits_is_measured_or_called_extrapolated() -> None:
     assert longest_that_fits([], GIB)["longest"] is None
 
 
+def test_memory_is_weighed_at_every_power_of_two_whatever_lengths_are_shown() -> None:
+    settings = CostSettings.of_size(
+        False, systems=("performer-relu",), sizes=("small",), parts=("model",), lengths=(3000, 700), longest=10_000
+    )
+    lengths = {
+        measure: [cell["length"] for cell in grid(settings) if cell["measure"] == measure] for measure in MEASURES
+    }
+    assert lengths == {"memory": [700, 1024, 2048, 3000, 4096, 8192], "time": [700, 3000], "energy": [1024]}
+
+
+def test_the_longest_that_fits_is_compared_with_the_materialised_transformer() -> None:
+    def line(system: str, *gib: float) -> list[dict[str, Any]]:
+        kind = {"measure": "memory", "part": "model", "size_name": "small", "recomputation": "none"}
+        return [weighed(1000 + place, one, system, **kind) for place, one in enumerate(gib)] + [
+            weighed(1024 * 2**place, one, system, **kind) for place, one in enumerate(gib)
+        ]
+
+    cells = [*line("transformer-materialised", 1.0, 4.0, 16.0), *line("performer-relu", 1.0, 2.0, 3.0)]
+    rows = {(row["system"], row["cap_gib"]): row for row in longest_lengths(cells, (0.5, 2.0, 4.0))}
+    found = {key: (row["longest"], row["times_materialised"], row["times_how"]) for key, row in rows.items()}
+    assert found == {
+        ("transformer-materialised", 0.5): (None, None, "not measured"),
+        ("transformer-materialised", 2.0): (1024, 1.0, "measured"),
+        ("transformer-materialised", 4.0): (2048, 1.0, "measured"),
+        ("performer-relu", 0.5): (None, None, "not measured"),
+        ("performer-relu", 2.0): (2048, 2.0, "measured"),
+        ("performer-relu", 4.0): (4096, 2.0, "extrapolated"),
+    }
+    settings = {"lengths": [1024], "sizes": [], "caps": [0.5, 2.0, 4.0]}
+    ((_, header, table),) = cost_report.tables({"settings": settings, "longest": [*rows.values()], "cells": []})
+    assert header[-1] == "times the materialised Transformer, at 0.5, 2, 4 GiB"
+    assert [row[-1] for row in table] == ["not known, 1, 1", "not known, 2, ~2"]
+    alone = longest_lengths(line("performer-relu", 1.0), (2.0,))
+    assert alone[0]["times_materialised"] is None
+
+
 def test_what_would_take_too_long_or_too_much_is_flagged() -> None:
     cell = {"system": "transformer", "length": 65_536, "measure": "memory"}
     before = [weighed(16_384, 1.0, seconds=30.0), weighed(32_768, 4.0, seconds=120.0)]
@@ -79,6 +126,41 @@ def test_memory_goes_on_in_tokens_or_in_pairs_of_tokens() -> None:
     assert continued(performer, step("performer-relu", 16, 8192, 0.0)) == pytest.approx(17.0 * GIB)
     matrices = [step("transformer-materialised", 1, 2048, 2.0), step("transformer-materialised", 1, 4096, 5.0)]
     assert continued(matrices, step("transformer-materialised", 1, 8192, 0.0)) == pytest.approx(17.0 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("system", "batch_size", "seconds"),
+    [
+        ("performer-relu", 16, lambda cell: 100.0 * cell["batch_size"]),
+        ("transformer-materialised", 1, lambda cell: 400.0 * (cell["length"] / 4096) ** 2),
+    ],
+    ids=["batch", "length"],
+)
+def test_a_step_that_would_take_over_ten_minutes_is_not_begun_and_its_peak_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str, batch_size: int, seconds: Callable[..., float]
+) -> None:
+    begun: list[tuple[int, int]] = []
+
+    def run_step(measurement: str, cell: dict[str, Any], minutes: float) -> dict[str, Any]:
+        begun.append((cell["batch_size"], cell["length"]))
+        extent = cell["batch_size"] * cell["length"] / 8192
+        gib = 1.0 + (extent**2 if batch_size == 1 else extent)
+        return {"status": DONE, "base_bytes": GIB, "peak_bytes": gib * GIB, "seconds": seconds(cell)}
+
+    monkeypatch.setattr(concatenated, "run_step", run_step)
+    monkeypatch.setattr(concatenated, "available_memory", lambda: 1000 * GIB)
+    settings = ConcatenatedSettings.of_size(
+        False, weighed=((system, batch_size),), recomputations=("none",), minutes=0.0, threads=1
+    )
+    report = measure_concatenated(settings, tmp_path)
+    assert begun == ([(1, 8192), (4, 8192)] if batch_size == 16 else [(1, 2048), (1, 4096)]) * 2
+    for row in report["memory"]:
+        assert row["how"] == "extrapolated"
+        assert row["peak_bytes"] == pytest.approx((17.0 if batch_size == 16 else 2.0) * GIB)
+    flagged = [cell for cell in report["cells"] if cell["status"] != DONE]
+    assert {cell["status"] for cell in flagged} == {SKIPPED}
+    assert {cell["reason"] for cell in flagged} == {"a step would take about 27 minutes"}
+    assert any("about 27 minutes" in note for note in report["notes"])
 
 
 @pytest.mark.parametrize("part", ["layer", "model"])
@@ -121,6 +203,22 @@ def test_energy_is_read_from_counters_that_start_again(tmp_path: Path, monkeypat
     assert figures["joules_per_million_tokens"] == pytest.approx(0.0)
 
 
+def test_without_counters_energy_is_estimated_and_called_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("codecarbon")
+    monkeypatch.setattr(energy, "POWERCAP", tmp_path)
+    asked: list[Any] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *host, **options: asked.append(host) or [])
+    figures = step_energy(**CELL)
+    assert asked == []  # where the machine stands is nobody's business
+    assert capfd.readouterr().err == ""
+    assert figures["status"] == DONE
+    assert figures["source"].startswith("estimated: codecarbon")
+    assert figures["joules_per_million_tokens"] > 0
+    assert figures["tokens"] == 128
+
+
 def test_without_counters_and_codecarbon_energy_is_not_made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(energy, "POWERCAP", tmp_path)
     monkeypatch.setitem(sys.modules, "codecarbon", None)
@@ -146,8 +244,13 @@ def test_cost_writes_tables_and_pictures_and_goes_on(tmp_path: Path, capsys: pyt
     ]
     assert [row["cap_gib"] for row in report["longest"]] == [4.0, 8.0, 16.0]
     assert all(row["how"] == "extrapolated" for row in report["longest"])
-    titles = [title for title, _, _ in cost.tables(report)]
-    assert any("longest power of two" in title for title in titles)
+    (header, rows) = next(found for title, *found in cost_report.tables(report) if "longest power of two" in title)
+    assert header[-3:] == [
+        "4 GiB",
+        "8 GiB",
+        "16 GiB",
+    ]  # without the materialised Transformer nothing is compared with it
+    assert len(rows) == 1
     for picture in report["pictures"]:
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
@@ -181,10 +284,14 @@ def test_concatenated_weighs_both_alike_and_trains_the_rival_that_fits(
     for row in report["contestants"]:
         assert row["steps"] == 3
         assert row["curves"][0][-1]["minutes"] == pytest.approx(0.05)
-    (_, header, rows), (_, _, trained) = concatenated.tables(report)
+    (_, header, rows), (_, columns, trained) = concatenated.tables(report)
     assert header[-2:] == ["float32", "bfloat16"]
     assert any("does not fit" in row[-1] for row in rows)
     assert len(trained) == 3
+    assert columns[-1] == "above unigram (95 %)"
+    first = report["contestants"][0]["scores"][0]["validation"]
+    low, high = first["accuracy_gain_interval"]
+    assert trained[0][-1] == f"{first['accuracy_gain']:+.4f} ({low:+.4f} to {high:+.4f})"
     assert (tmp_path / "concatenated.png").is_file()
 
 
@@ -193,9 +300,26 @@ def test_what_is_not_in_order_is_refused() -> None:
         ({"systems": ("slow",)}, "--system slow"),
         ({"sizes": ("huge",)}, "--size huge"),
         ({"recomputations": ("all",)}, "--recompute all"),
+        ({"recomputations": ()}, "--recompute: expected at least one of none, layers"),
+        ({"systems": ()}, "--system: expected at least one of"),
         ({"lengths": (3,)}, "--length 3"),
     ):
         with pytest.raises(InputError, match=words):
             CostSettings.of_size(True, **given)
-    with pytest.raises(InputError, match="--recompute"):
-        ConcatenatedSettings.of_size(True, recomputations=("all",))
+    for given, words in (
+        ({"recomputations": ("all",)}, "--recompute all"),
+        ({"recomputations": ()}, "--recompute: expected at least one of none, layers"),
+        ({"size": (8, 6, 512)}, "--size 8,6,512: expected four positive numbers"),
+        ({"size": (8, 6, 512, -128)}, "--size 8,6,512,-128: expected four positive numbers"),
+        ({"size": ()}, "--size: expected four positive numbers"),
+        ({"size": (8, 6, 512, 100)}, "multiple of twice the heads"),
+    ):
+        with pytest.raises(InputError, match=words):
+            ConcatenatedSettings.of_size(True, **given)
+
+
+def test_the_regular_model_can_have_another_size() -> None:
+    settings = ConcatenatedSettings.of_size(False, size=(8, 6, 512, 128))
+    assert settings.size == {"heads": 8, "layers": 6, "d_ff": 512, "d": 128}
+    assert (settings.recipe.heads, settings.recipe.layers, settings.recipe.d_ff, settings.recipe.d) == (8, 6, 512, 128)
+    assert (settings.recipe.context, settings.recipe.contexts) == (8192, "concatenated")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,23 @@ def test_recall_learns_at_one_length_from_the_one_before(tmp_path: Path, capsys:
     assert "4 of 4 cells were measured before" in capsys.readouterr().err
 
 
+def test_longer_sequences_get_as_many_tokens_and_at_least_ten_steps(tmp_path: Path) -> None:
+    settings = RecallSettings.of_size(
+        True,
+        systems=("performer-relu",),
+        lengths=(128, 256, 512),
+        first_steps=2,
+        steps=30,
+        batch_tokens=128,
+        tests=1,
+        d=16,
+        d_ff=16,
+        threads=1,
+    )
+    report = measure_recall(settings, tmp_path, quick=True)
+    assert [cell["steps_taken"] for cell in report["cells"]] == [2, 15, 10]
+
+
 def test_what_has_no_room_for_the_questions_is_refused() -> None:
     with pytest.raises(InputError, match="expected at least 128"):
         RecallSettings.of_size(True, lengths=(64,))
@@ -108,6 +127,14 @@ def test_accuracy_near_a_cut_is_compared_on_the_same_residues() -> None:
     ]
 
 
+def test_what_is_not_given_does_not_replace_what_an_experiment_trains_at() -> None:
+    for quick, tokens in ((False, 4096), (True, 1024)):
+        recipe = ContextSettings.of_size(quick, context=None, batch_size=None).recipe
+        assert (recipe.context, recipe.batch_size) == (tokens, 1)
+    recipe = ContextSettings.of_size(False, context=128, batch_size=3).recipe
+    assert (recipe.context, recipe.batch_size) == (128, 3)
+
+
 def test_windows_cut_long_proteins_and_hide_the_same_residues(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,6 +161,15 @@ def test_windows_cut_long_proteins_and_hide_the_same_residues(
     given = ContextSettings.of_size(True, model=str(tmp_path / trained["model"]), windows=(512,), proteins=3, threads=1)
     other = measure_context(given, tmp_path / "given", quick=True)
     assert other["cells"][0]["hits"] == cells[512]["hits"]
+    # Proteins of one's own are known by their content, not by the name of their file.
+    mine = tmp_path / "mine.fasta"
+    given = replace(given, sources=(str(mine),), longer_than=30)
+    for sequence, measured_before in (("MKTAYIAKQR" * 4, False), ("MKTAYIAKQR" * 4, True), ("ACDEFGHIKL" * 4, False)):
+        mine.write_text(f">mine\n{sequence}\n")
+        capsys.readouterr()
+        report = measure_context(given, tmp_path / "given", quick=True)
+        assert ("2 of 2 cells were measured before" in capsys.readouterr().err) == measured_before
+        assert report["cells"][0]["files"] == [hashlib.sha256(mine.read_bytes()).hexdigest()]
 
 
 def test_proteins_that_are_all_short_are_refused(tmp_path: Path) -> None:

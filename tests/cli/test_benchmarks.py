@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from performers.benchmarks import experiment
+from performers.benchmarks import cost, experiment
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -170,6 +170,17 @@ def test_redraw_prints_means_spreads_and_a_verdict(run: Run, tmp_path: Path) -> 
     assert (tmp_path / "redraw.png").is_file()
 
 
+def test_no_recomputation_is_one_way_among_others(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What a step takes is measured in processes elsewhere.
+    figures = {"status": experiment.DONE, "base_bytes": 1, "peak_bytes": 2, "seconds": 1.0}
+    monkeypatch.setattr(cost, "run_step", lambda measure, cell, minutes: figures)
+    options = ["--system", "identity", "--part", "model", "--length", "64", "--longest", "64", "--energy-length", "0"]
+    for given, expected in (("none", ["none"]), ("none,layers", ["none", "layers"])):
+        status, out, err = run("benchmark", "cost", "--quick", *options, "--recompute", given, "-o", tmp_path, "--json")
+        assert status == 0, err
+        assert [*dict.fromkeys(cell["recomputation"] for cell in json.loads(out)["cells"])] == expected
+
+
 @pytest.mark.parametrize(
     ("command", "options", "words"),
     [
@@ -178,7 +189,13 @@ def test_redraw_prints_means_spreads_and_a_verdict(run: Run, tmp_path: Path) -> 
         ("cost", ["--cap", "much"], "--cap much"),
         ("cost", ["--recompute", "some"], "--recompute some"),
         ("concatenated", ["--other", "xlnet"], "xlnet"),
+        ("cost", ["--recompute", ","], "--recompute: expected at least one of none, layers"),
+        ("cost", ["--system", "none"], "--system: expected at least one of"),
         ("concatenated", ["--recompute", "some"], "--recompute some"),
+        ("concatenated", ["--recompute", ","], "--recompute: expected at least one of none, layers"),
+        ("concatenated", ["--size", "8,6,512"], "--size 8,6,512: expected four positive numbers"),
+        ("concatenated", ["--size", "8,6,512,0"], "--size 8,6,512,0: expected four positive numbers"),
+        ("concatenated", ["--size", "regular"], "--size regular: expected numbers"),
         ("quality", ["--system", "identity"], "--system identity"),
         ("quality", ["--budget", "money"], "--budget money"),
         ("quality", ["--objective", "win"], "--objective win"),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from performers.models import bundled
-from performers.models.bundled import CAUSAL, MASKED, describe
+from performers.models.bundled import CAUSAL, INTERACTIONS, MASKED, describe, describe_head
 from performers.training import evaluation
 
 Run = Callable[..., tuple[int, str, str]]
@@ -22,11 +22,17 @@ def test_the_models_are_listed_with_their_figures(run: Run) -> None:
     status, out, _ = run("models", "list")
     assert status == 0
     for name in (MASKED, CAUSAL):
-        (line,) = [line for line in out.splitlines() if name in line]
+        (line,) = [line for line in out.splitlines() if line.startswith(name)]
         assert f"{describe(name).held_out['ood']['accuracy']:.1%}" in line
         assert f"{describe(name).parameters:,}" in line
+    (line,) = [line for line in out.splitlines() if line.startswith(INTERACTIONS)]
+    assert line.endswith(f"{describe_head(INTERACTIONS).verdict}.")
     status, out, _ = run("models", "list", "--json")
-    assert [model["name"] for model in json.loads(out)] == [CAUSAL, MASKED]
+    assert [(model["name"], model["objective"]) for model in json.loads(out)] == [
+        (CAUSAL, "clm"),
+        (MASKED, "mlm"),
+        (INTERACTIONS, "interactions"),
+    ]
 
 
 def test_listing_imports_neither_torch_nor_transformers() -> None:
@@ -50,6 +56,23 @@ def test_a_card_is_shown_and_a_path_printed(run: Run) -> None:
     shown = json.loads(run("models", "show", MASKED, "--json")[1])
     assert shown["held_out"]["test"]["scheme"] == "mask"
     assert json.loads(run("models", "path", MASKED, "--json")[1])["path"] == shown["folder"]
+
+
+def test_the_model_of_interactions_is_shown_and_found_as_the_others_are(run: Run) -> None:
+    from performers.tools.interactions.model import BUNDLED, BUNDLED_NAME, SETTINGS
+
+    assert BUNDLED_NAME == INTERACTIONS
+    status, out, _ = run("models", "show", INTERACTIONS)
+    assert status == 0
+    assert out.strip() == (BUNDLED / "README.md").read_text().strip()
+    status, out, _ = run("models", "path", INTERACTIONS)
+    assert (status, Path(out.strip())) == (0, BUNDLED)
+    assert (BUNDLED / SETTINGS).is_file()
+    shown = json.loads(run("models", "show", INTERACTIONS, "--json")[1])
+    assert (shown["name"], shown["body"], shown["folder"]) == (INTERACTIONS, MASKED, str(BUNDLED))
+    status, out, err = run("embed", "--model", INTERACTIONS, "-i", "bundled:test", "-o", "x.npz")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "for `performers interact predict`" in err
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,21 @@ from safetensors.torch import load_file
 
 import performers
 from performers import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM, PerformerModel, PerformerTokenizer
-from performers.data import read_fasta
+from performers.data import in_memory_corpus, read_fasta
 from performers.errors import CheckpointError, InputError
 from performers.folders import sha256_of, verify_folder
 from performers.models import bundled
-from performers.models.bundled import CAUSAL, MASKED, bundled_folder, bundled_names, describe
-from performers.training.evaluation import evaluate_folder, held_out_sets
+from performers.models.bundled import (
+    CAUSAL,
+    INTERACTIONS,
+    MASKED,
+    bundled_folder,
+    bundled_names,
+    describe,
+    describe_head,
+    head_names,
+)
+from performers.training.evaluation import evaluate, evaluate_folder, held_out_sets
 
 NAMES = [MASKED, CAUSAL]
 
@@ -93,7 +102,16 @@ def test_a_model_is_the_numbers_of_its_file_in_float32_and_in_bfloat16(name: str
         assert torch.equal(narrow.state_dict()[key].float(), tensor), key
 
 
-def test_the_masked_model_knows_more_than_frequencies_and_the_causal_one_writes() -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_knows_more_of_proteins_it_was_not_trained_on_than_their_frequencies(name: str) -> None:
+    short = [record for record in read_fasta("bundled:test") if len(record.sequence) <= 200][:100]
+    figures = evaluate(performers.load(name), in_memory_corpus(short), scheme="mask")
+    assert figures.perplexity < figures.baseline_perplexity
+    assert figures.perplexity_ratio_interval[1] < 1
+    assert figures.accuracy > figures.baseline_accuracy
+
+
+def test_the_masked_model_reads_whole_proteins_and_the_causal_one_writes() -> None:
     model, tokenizer = PerformerForMaskedLM.from_pretrained(MASKED), PerformerTokenizer.from_pretrained(MASKED)
     assert tokenizer("MKT").input_ids[-1] == tokenizer.eos_token_id
     with torch.no_grad():
@@ -136,6 +154,24 @@ def test_a_card_states_what_was_measured_of_the_very_weights(name: str) -> None:
     assert not any(folder in kept for folder in ("/tmp", "/home", "/root", "/work"))
 
 
+def test_a_card_says_what_each_part_of_its_training_read() -> None:
+    for name in NAMES:
+        folder = bundled_folder(name)
+        parts = [yaml.safe_load((folder / file).read_text()) for file in ("config-part-1.yaml", "config.yaml")]
+        contexts = "; then ".join(f"{part['context']:,} tokens, {part['contexts']}" for part in parts)
+        assert f"| contexts | {contexts} |" in describe(name).card
+
+
+def test_a_card_says_how_the_exact_transformer_was_trained_or_that_there_is_none() -> None:
+    card, exact = describe(MASKED).card, json.loads((bundled_folder(MASKED) / "evaluation.json").read_text())["exact"]
+    assert f"Time was not equal: it took {exact['seconds'] / 3600:.2f} hours" in card
+    assert "it had no tuning of its own" in card
+    assert "those of the exact Transformer are what it printed for that model, whose weights are not bundled" in card
+    card = describe(CAUSAL).card
+    assert "No exact Transformer was trained to compare it with." in card
+    assert "prints the table again" in card
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_figures_of_a_card_are_measured_again(name: str) -> None:
@@ -175,8 +211,27 @@ def test_an_unknown_name_lists_those_that_exist() -> None:
     for opener in (PerformerForMaskedLM.from_pretrained, PerformerTokenizer.from_pretrained, performers.load):
         with pytest.raises(InputError, match=f"performers/protein is neither .* {CAUSAL} or {MASKED}"):
             opener("performers/protein")
-    with pytest.raises(InputError, match=f"is not a bundled model; expected {CAUSAL} or {MASKED}"):
+    with pytest.raises(InputError, match=f"is not a bundled model; expected {CAUSAL}, {INTERACTIONS} or {MASKED}"):
         describe("protein-masked")
+
+
+def test_a_head_is_known_by_name_and_is_no_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert head_names() == [INTERACTIONS]
+    head = describe_head(INTERACTIONS)
+    assert head.body == MASKED
+    assert head.verdict.lower() in head.card.lower()
+    for opener in (PerformerForMaskedLM.from_pretrained, PerformerTokenizer.from_pretrained, performers.load):
+        with pytest.raises(
+            InputError, match=f"`performers interact predict`; expected a folder, or {CAUSAL} or {MASKED}"
+        ):
+            opener(INTERACTIONS)
+    with pytest.raises(InputError, match=f"is a head, not a language model; expected {CAUSAL} or {MASKED}"):
+        describe(INTERACTIONS)
+    with pytest.raises(InputError, match=f"is a language model, not a head; expected {INTERACTIONS}"):
+        describe_head(MASKED)
+    (copied(tmp_path, monkeypatch) / "protein-interactions" / "README.md").unlink()
+    with pytest.raises(CheckpointError, match=r"README.md is missing. It belongs to the package"):
+        describe_head(INTERACTIONS)
 
 
 def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +244,7 @@ def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.M
 
 def test_an_installation_without_models_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundled, "WEIGHTS", tmp_path)
-    assert bundled_names() == []
+    assert bundled_names() == head_names() == []
     with pytest.raises(InputError, match="No --model was given, and performers/protein-masked is not part"):
         bundled.model_or_default(None)
     with pytest.raises(InputError, match="this installation has no bundled models"):
@@ -199,6 +254,7 @@ def test_an_installation_without_models_says_so(tmp_path: Path, monkeypatch: pyt
 def test_a_bundled_folder_is_sealed_and_a_run_can_begin_from_it() -> None:
     from performers.training.checkpoint import find_model
 
+    verify_folder(bundled_folder(INTERACTIONS))
     for name in NAMES:
         verify_folder(bundled_folder(name))
         assert find_model(name) == bundled_folder(name)

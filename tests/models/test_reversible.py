@@ -154,7 +154,7 @@ def test_dropout_that_somebody_put_into_a_layer_is_replayed_too(sizes: dict[str,
 
 
 @pytest.mark.parametrize("model_class", LANGUAGE_MODELS)
-@pytest.mark.parametrize("attention", ["favor-relu", "exact", "sparse"])
+@pytest.mark.parametrize("attention", ["favor-relu", "exact", "exact-materialised", "sparse", "local", "split"])
 def test_under_autocast_gradients_are_those_of_kept_activations(attention: str, model_class: type, make: Make) -> None:
     sizes = {"initializer_range": 0.1, "hidden_dropout_prob": 0.1}
     model = reversible(make, model_class, **sizes, **ATTENTION[attention]).train()

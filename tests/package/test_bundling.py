@@ -175,3 +175,26 @@ def test_more_than_the_package_can_hold_is_refused(
     monkeypatch.setattr(script, "MAX_BYTES", 1000)
     with pytest.raises(SystemExit, match="expected at most 1,000"):
         bundle(runs("mlm"), "protein-tiny")
+
+
+def test_the_time_of_the_exact_transformer_is_that_of_the_runs_that_made_it(
+    runs: Callable[..., Path], bundle: Bundle, tmp_path: Path
+) -> None:
+    run, exact = runs("mlm"), runs("mlm", "exact")
+    file = tmp_path / "exact.json"
+    file.write_text(json.dumps(evaluate_folder(exact, few())))
+    folder = bundle(
+        run, "protein-tiny", "--exact", file, "--exact-run", exact, "--exact-but", "It was trained by night."
+    )
+    (session,) = json.loads((exact / "run.json").read_text())["sessions"]
+    assert json.loads((folder / "evaluation.json").read_text())["exact"]["seconds"] == session["seconds"]
+    card = (folder / "README.md").read_text()
+    assert "It was trained by night. Time was not equal: it took 0.00 hours" in card
+    with pytest.raises(SystemExit, match="did not make the exact Transformer that was evaluated"):
+        bundle(run, "protein-tiny", "--exact", file, "--exact-run", run)
+    settings = read_config(exact / "config.yaml")
+    other = tmp_path / "other"
+    pretrain(PretrainConfig.parse({**settings, "learning_rate": 0.5, "output": str(other)}))
+    file.write_text(json.dumps(evaluate_folder(other, few())))
+    with pytest.raises(SystemExit, match=r"trained with learning_rate \[0.5\]; expected \[0.001\]"):
+        bundle(run, "protein-tiny", "--exact", file, "--exact-run", other)

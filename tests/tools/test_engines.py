@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -208,14 +209,16 @@ def ray() -> Any:
 
 
 def workers() -> list[int]:
-    """The processes of this session's Ray workers that have begun to read."""
+    """The Ray workers among this process's descendants that have begun to read; other clusters of the machine have their own."""
     found: list[int] = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if path.read_bytes().startswith(b"ray::_Worker"):
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
+    unseen = [os.getpid()]
+    while unseen:
+        process = Path("/proc", str(unseen.pop()))
+        with contextlib.suppress(OSError):
+            if (process / "cmdline").read_bytes().startswith(b"ray::_Worker"):
+                found.append(int(process.name))
+            for children in process.glob("task/*/children"):
+                unseen += map(int, children.read_text().split())
     return found
 
 

@@ -274,7 +274,7 @@ def _attend(
 
 
 class ExactAttention(Mechanism):
-    """Exact attention as a mechanism of a model. It has no parameters and nothing to draw.
+    """Exact attention as a mechanism of a model. It has no parameters and nothing to draw. All laws apply to it.
 
     Arguments:
         head_dim: D of queries and keys; not needed, given to every mechanism.

@@ -236,7 +236,7 @@ class ReformerAttention(Mechanism):
     Two laws do not apply: exact causality, and that streaming equals the whole. A query's chunk depends on how all keys fill the
     chunks, so later keys move an output a little, and a state brings other chunks than the whole sequence has. No weight ever
     goes to a later key. And where reversible layers are computed again, a token that rounding has moved over the border of two
-    buckets sees other keys.
+    buckets sees other keys. Unbiasedness has no meaning for it: it estimates nothing, its hashes choose the keys that are seen.
 
     Arguments:
         head_dim: D of queries and keys; not needed, given to every mechanism.

@@ -100,13 +100,26 @@ def recipe_and_rest(quick: bool, defaults: Mapping[str, Any], given: Mapping[str
 
     Arguments:
         quick: whether the recipe is to be small.
-        defaults: that the experiment has in place of those of its class.
+        defaults: that the experiment has in place of those of its class and of the recipe's.
         given: by the user; None is not given. The device and the threads go to both.
     """
-    chosen = {key: value for key, value in given.items() if value is not None}
+    chosen = {**defaults, **{key: value for key, value in given.items() if value is not None}}
     shared = {key: chosen[key] for key in ("device", "threads") if key in chosen}
     recipe = {key: chosen.pop(key) for key in list(chosen) if key in Recipe.__dataclass_fields__}
-    return {**defaults, **chosen, **shared, "recipe": Recipe(**{**(_QUICK_RECIPE if quick else {}), **recipe})}
+    return {**chosen, **shared, "recipe": Recipe(**{**(_QUICK_RECIPE if quick else {}), **recipe})}
+
+
+def check_choices(option: str, values: Sequence[str], known: Sequence[str]) -> None:
+    """Refuses an empty list, and one with a word that is not known.
+
+    Raises:
+        InputError: names the option, the word, and what is known.
+    """
+    if not values:
+        raise InputError(f"{option}: expected at least one of {', '.join(known)}.")
+    for value in values:
+        if value not in known:
+            raise InputError(f"{option} {value}: expected some of {', '.join(known)}, with commas.")
 
 
 @dataclass(frozen=True)

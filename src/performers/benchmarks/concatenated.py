@@ -18,17 +18,18 @@ from performers.benchmarks.comparison import (
     MAX_STEP_MINUTES,
     ComparisonSettings,
     Proteins,
+    check_choices,
     measure_speed,
     recipe_and_rest,
     run_cell,
     speed_cell,
     train,
 )
-from performers.benchmarks.cost import GIB, RECOMPUTATIONS, SIZES, run_step, shape
-from performers.benchmarks.experiment import DONE, SKIPPED, Cell, Experiment, Figures
+from performers.benchmarks.cost import RECOMPUTATIONS, run_step
+from performers.benchmarks.cost_report import GIB, SIZES, shape, size_of
+from performers.benchmarks.experiment import DONE, SKIPPED, Cell, Experiment, Figures, extrapolated
 from performers.benchmarks.isolation import available_memory
 from performers.benchmarks.systems import SYSTEMS, check_systems
-from performers.errors import InputError
 
 # What is weighed, with its batch: the paper's pair, and what a Transformer is today.
 WEIGHED = (("transformer-materialised", 1), ("performer-relu", 16), ("transformer", 16))
@@ -71,12 +72,14 @@ class ConcatenatedSettings(ComparisonSettings):
 
     @classmethod
     def of_size(cls, quick: bool, **given: Any) -> ConcatenatedSettings:
-        """The full or the quick settings, with what was given in their place.
+        """The full or the quick settings, with what was given in their place; `size` as four numbers, as papers write it.
 
         Raises:
             InputError: a name or a number that is not in order.
         """
         defaults: dict[str, Any] = {}
+        if given.get("size") is not None:
+            given["size"] = size_of(given["size"])
         if quick:
             defaults = {
                 "size": {"heads": 2, "layers": 2, "d_ff": 128, "d": 64},
@@ -99,9 +102,7 @@ class ConcatenatedSettings(ComparisonSettings):
         kept = {key: chosen[key] for key in ("context", "batch_size") if key in chosen}
         settings = cls(**{**recipe_and_rest(False, {}, {**chosen, **training}), **kept})
         check_systems((*settings.others, *(system for system, _ in settings.weighed)))
-        for value in settings.recomputations:
-            if value not in RECOMPUTATIONS:
-                raise InputError(f"--recompute {value}: expected some of {', '.join(RECOMPUTATIONS)}, with commas.")
+        check_choices("--recompute", settings.recomputations, RECOMPUTATIONS)
         return settings
 
 
@@ -153,10 +154,10 @@ def _weigh(
     dtype: str,
     size: dict[str, int],
 ) -> Figures:
-    """The peak of a step with AdamW: measured, or continued where the machine has not so much memory.
+    """The peak of a step with AdamW: measured, or continued where the machine has not so much memory or a step takes too long.
 
     Batches are approached from smaller ones and a batch of one from shorter contexts, so that there are two points to continue
-    from. No step is begun that the smaller ones say has no room.
+    from. No step is begun that the smaller ones say has no room, or takes over ten minutes.
 
     Returns:
         peak_bytes, and how: "measured" or "extrapolated"; None and the reason if nothing could be weighed.
@@ -229,6 +230,12 @@ def _step(cell: Cell, before: list[Figures], settings: ConcatenatedSettings) -> 
     done = [result for result in before if result["status"] == DONE]
     if len(done) < len(before):
         return {"status": before[-1]["status"], "reason": before[-1]["reason"]}
+    if done:
+        by = "batch_size" if cell["batch_size"] > done[-1]["batch_size"] else "length"
+        points = [(result[by], result["seconds"]) for result in done]
+        minutes = extrapolated(points, cell[by], unknown=1.0 if by == "batch_size" else 2.0) / 60
+        if minutes > MAX_STEP_MINUTES:
+            return {"status": SKIPPED, "reason": f"a step would take about {minutes:,.0f} minutes"}
     available = available_memory() if settings.device == "cpu" else None
     if done and available is not None:
         needed = continued(done, cell)
@@ -341,6 +348,7 @@ def tables(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
                 f"{row['seconds_per_step']:.3f}",
                 *(_final(row, name) for name in ("accuracy", "perplexity")),
                 f"{row['scores'][0]['validation']['baseline_accuracy']:.4f}" if row["scores"] else "",
+                ", ".join(_gain(scores["validation"]) for scores in row["scores"]),
             ]
             for row in report["contestants"]
         ]
@@ -353,6 +361,7 @@ def tables(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
             "accuracy",
             "perplexity",
             "unigram accuracy",
+            "above unigram (95 %)",
         ]
         title = (
             f"{settings['minutes']:g} minutes of training at batch {settings['batch_size']}: validation proteins, each read "
@@ -365,6 +374,12 @@ def tables(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
 def _final(row: Figures, name: str) -> str:
     values = [scores["validation"][name] for scores in row["scores"]]
     return ", ".join(f"{value:.4f}" for value in values) or "diverged"
+
+
+def _gain(scores: Figures) -> str:
+    """What accuracy is above the unigram baseline's on the same residues, with its interval over proteins."""
+    low, high = scores["accuracy_gain_interval"]
+    return f"{scores['accuracy_gain']:+.4f} ({low:+.4f} to {high:+.4f})"
 
 
 def _weight(row: Figures, cap: float) -> str:

@@ -67,9 +67,10 @@ class ContextSettings:
         Raises:
             InputError: a name or a number that is not in order.
         """
-        defaults: dict[str, Any] = {"proteins": 8, "steps": 20} if quick else {}
-        context = {"context": 1024 if quick else 4096, "batch_size": 1}
-        settings = cls(**recipe_and_rest(quick, defaults, {**context, **given}))
+        defaults: dict[str, Any] = {"context": 1024 if quick else 4096, "batch_size": 1}
+        if quick:
+            defaults |= {"proteins": 8, "steps": 20}
+        settings = cls(**recipe_and_rest(quick, defaults, given))
         check_systems((settings.system,))
         if not settings.windows or min(settings.windows) < 3:
             raise InputError("--window: expected numbers of at least 3 tokens.")
@@ -125,6 +126,7 @@ def measure_context(
         else:
             model = find_model(settings.model)
         weights = [describe_file(file) for file in sorted(model.glob("*.safetensors"))]
+        files = [describe_file(source) for source in settings.sources if Path(source).is_file()]
         cells: list[Cell] = [
             {
                 "part": "window",
@@ -134,6 +136,7 @@ def measure_context(
                     key: getattr(settings, key) for key in ("longer_than", "proteins", "batch_tokens", "device", "seed")
                 },
                 "sources": [*settings.sources],
+                "files": [file["sha256"] for file in files],
             }
             for window in (*sorted(set(settings.windows)), WHOLE)
         ]

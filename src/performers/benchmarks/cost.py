@@ -12,12 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from performers.benchmarks.comparison import OBJECTIVES
-from performers.benchmarks.energy import JOULES_PER_KWH, WORLD_AVERAGE
+from performers.benchmarks.comparison import OBJECTIVES, check_choices
+from performers.benchmarks.cost_report import GIB, PARTS, SIZES, draw, shape
 from performers.benchmarks.experiment import (
     DONE,
     FAILED,
@@ -28,22 +27,16 @@ from performers.benchmarks.experiment import (
     Experiment,
     Figures,
     extrapolated,
-    logarithmic_axes,
-    short_length,
 )
 from performers.benchmarks.isolation import RETURN_FREED_MEMORY, available_memory, run_alone, was_killed
-from performers.benchmarks.systems import SYSTEMS, check_systems
+from performers.benchmarks.systems import SYSTEMS
 from performers.errors import InputError, RunError
+from performers.training.runs import WORLD_AVERAGE
 
-SIZES: dict[str, dict[str, int]] = {
-    "regular": {"heads": 8, "layers": 6, "d_ff": 2048, "d": 512},
-    "small": {"heads": 1, "layers": 6, "d_ff": 64, "d": 64},
-}
-PARTS = {"layer": "one layer", "model": "whole model"}
 RECOMPUTATIONS = ("none", "layers", "reversible", "default")
-GIB = 2**30
 _QUICK_SYSTEMS = ("transformer", "transformer-materialised", "performer-relu", "reformer", "identity")
-_QUADRATIC = ("transformer", "transformer-materialised")
+_MATERIALISED = "transformer-materialised"
+_QUADRATIC = ("transformer", _MATERIALISED)
 _KEY = ("measure", "part", "size_name", "system", "recomputation")
 
 
@@ -56,7 +49,8 @@ class CostSettings:
         sizes: names in `SIZES`.
         parts: "layer", "model".
         lengths: at which time and memory are shown.
-        longest: up to which powers of two memory is measured to find the longest that fits.
+        longest: the memory of a model is weighed at every power of two from the smallest of `lengths` to this, to find the
+            longest that fits.
         caps: in GiB.
         recomputations: names in `RECOMPUTATIONS`, as in `performers.benchmarks.cost_cell`.
         energy_length: tokens of the context whose training energy is measured, with batches of one; None measures none.
@@ -94,16 +88,14 @@ class CostSettings:
             defaults = {"sizes": ("small",), "lengths": (256, 1024), "longest": 2048, "energy_length": 256}
             defaults |= {"systems": _QUICK_SYSTEMS, "seconds": 0.05, "max_minutes": 1.0}
         settings = cls(**defaults | {key: value for key, value in given.items() if value is not None})
-        check_systems(settings.systems)
         for option, values, known in (
+            ("--system", settings.systems, tuple(SYSTEMS)),
             ("--size", settings.sizes, tuple(SIZES)),
             ("--part", settings.parts, tuple(PARTS)),
             ("--recompute", settings.recomputations, RECOMPUTATIONS),
             ("--objective", (settings.objective,), tuple(OBJECTIVES)),
         ):
-            for value in values:
-                if value not in known:
-                    raise InputError(f"{option} {value}: expected some of {', '.join(known)}, with commas.")
+            check_choices(option, values, known)
         if not settings.lengths or min(settings.lengths) < 64:
             raise InputError(f"--length {min(settings.lengths, default='')}: expected at least 64 tokens.")
         if any(not 0 < cap < 1e6 for cap in settings.caps):
@@ -123,7 +115,7 @@ def measure_cost(
         restart: measure again what the folder holds.
 
     Returns:
-        The report: a cell for every time, memory and energy, and "longest", what fits into each of the caps.
+        The report: a cell for every time, memory and energy, and "longest", the rows of `longest_lengths`.
 
     Raises:
         InputError: a setting is not valid, or the folder is in use for something else.
@@ -137,14 +129,7 @@ def measure_cost(
             result=_result,
             weight=lambda cell: 20_000.0 + cell["length"],  # to start the processes takes as long as so many tokens
         )
-        longest = [
-            {**row, "cap_gib": cap}
-            for row in _by_system([cell for cell in results if cell["measure"] == "memory" and cell["part"] == "model"])
-            for cap in settings.caps
-        ]
-        for row in longest:
-            row |= longest_that_fits(row.pop("cells"), row["cap_gib"] * GIB)
-        return experiment.report(draw, longest=longest)
+        return experiment.report(draw, longest=longest_lengths(results, settings.caps))
 
 
 def grid(settings: CostSettings) -> list[Cell]:
@@ -176,15 +161,17 @@ def grid(settings: CostSettings) -> list[Cell]:
     for size in settings.sizes:
         for part in settings.parts:
             for recomputation in settings.recomputations:
-                memory_lengths = list(settings.lengths)
-                if part == "model":
-                    while settings.caps and memory_lengths[-1] * 2 <= settings.longest:
-                        memory_lengths.append(memory_lengths[-1] * 2)
-                add("memory", part, size, recomputation, memory_lengths)
+                beyond = _doubled(min(settings.lengths), settings.longest) if part == "model" and settings.caps else []
+                add("memory", part, size, recomputation, [*settings.lengths, *beyond])
                 add("time", part, size, recomputation, settings.lengths)
         if settings.energy_length:
             add("energy", "model", size, settings.recomputations[0], [settings.energy_length])
     return cells
+
+
+def _doubled(shortest: int, longest: int) -> list[int]:
+    """The powers of two from one length to another."""
+    return [2**power for power in range((shortest - 1).bit_length(), longest.bit_length())]
 
 
 def run_step(measurement: str, cell: Cell, minutes: float) -> Figures:
@@ -255,6 +242,39 @@ def _memory_at(done: list[Figures], length: int, power: float) -> float:
     return done[-1]["base_bytes"] + extrapolated(added, length, unknown=power)
 
 
+def longest_lengths(cells: list[Figures], caps: Sequence[float]) -> list[Figures]:
+    """What fits into each of the caps.
+
+    Arguments:
+        cells: of all measurements; lengths that are no powers of two are left out.
+        caps: in GiB.
+
+    Returns:
+        A row for each size, recomputation, system and cap_gib, with longest and how, as `longest_that_fits` says; and
+        times_materialised, how many times as long that is as what fits of the materialised Transformer at the same size,
+        recomputation and cap, or None where that is not known, with times_how: "extrapolated" where either length is.
+    """
+    weighed = [
+        cell
+        for cell in cells
+        if (cell["measure"], cell["part"]) == ("memory", "model") and cell["length"].bit_count() == 1
+    ]
+    rows: list[Figures] = []
+    for group in _by_system(weighed):
+        found = group.pop("cells")
+        rows += [{**group, "cap_gib": cap, **longest_that_fits(found, cap * GIB)} for cap in caps]
+    materialised = {
+        (row["size"], row["recomputation"], row["cap_gib"]): row for row in rows if row["system"] == _MATERIALISED
+    }
+    for row in rows:
+        row |= {"times_materialised": None, "times_how": "not measured"}
+        base = materialised.get((row["size"], row["recomputation"], row["cap_gib"]))
+        if base is not None and base["longest"] is not None and row["longest"] is not None:
+            row["times_materialised"] = row["longest"] / base["longest"]
+            row["times_how"] = "extrapolated" if "extrapolated" in (row["how"], base["how"]) else "measured"
+    return rows
+
+
 def longest_that_fits(cells: list[Figures], cap: float) -> Figures:
     """The longest of the doubled lengths whose peak is within a cap.
 
@@ -301,124 +321,9 @@ def name_of(cell: Cell) -> str:
     return f"{what}, L {cell['length']:,}"
 
 
-def shape(size: dict[str, int]) -> str:
-    """A size as the papers write it."""
-    return f"({size['heads']}, {size['layers']}, {size['d_ff']}, {size['d']})"
-
-
 def _result(figures: Figures) -> str:
     if "peak_bytes" in figures and "base_bytes" in figures:
         return f"{figures['peak_bytes'] / GIB:.2f} GiB"
     if "joules_per_million_tokens" in figures:
         return f"{figures['joules_per_million_tokens'] / 1e3:,.1f} kJ per million tokens ({figures['source']})"
     return f"{figures['seconds']:.4g} s"
-
-
-def tables(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """The report as tables: a title, a header and rows for each."""
-    settings = report["settings"]
-    found: list[tuple[str, list[str], list[list[str]]]] = []
-    lengths = sorted(set(settings["lengths"]))
-    grids = {"time": "Seconds", "memory": "Peak GiB of the whole process"}
-    for measure, words in grids.items():
-        for size in settings["sizes"]:
-            for part in settings["parts"]:
-                for recomputation in settings["recomputations"]:
-                    key = (measure, size, part, recomputation)
-                    cells = {
-                        (cell["system"], cell["length"]): cell
-                        for cell in report["cells"]
-                        if (cell["measure"], cell["size_name"], cell["part"], cell["recomputation"]) == key
-                    }
-                    rows = [
-                        [SYSTEMS[system].title, *(_entry(cells.get((system, length))) for length in lengths)]
-                        for system in settings["systems"]
-                        if any(name == system for name, _ in cells)
-                    ]
-                    title = f"{words}, forward and backward, {PARTS[part]} {shape(SIZES[size])}, recomputation: {recomputation}"
-                    found.append((title, ["system", *(f"L {length:,}" for length in lengths)], rows))
-    if report["longest"]:
-        caps = settings["caps"]
-        rows: list[list[str]] = []
-        for _, group in groupby(report["longest"], key=lambda row: (row["size"], row["recomputation"], row["system"])):
-            line = list(group)
-            first = line[0]
-            fits = [_fits(row) for row in line]
-            rows.append([SYSTEMS[first["system"]].title, shape(SIZES[first["size"]]), first["recomputation"], *fits])
-        header = ["system", "size", "recomputation", *(f"{cap:g} GiB" for cap in caps)]
-        found.append(("The longest power of two that fits, batch 1 (~ extrapolated)", header, rows))
-    energy = [cell for cell in report["cells"] if cell["measure"] == "energy" and cell["status"] == DONE]
-    if energy:
-        grams = settings["grams_per_kwh"]
-        rows = [
-            [
-                SYSTEMS[cell["system"]].title,
-                shape(cell["size"]),
-                f"{cell['joules_per_million_tokens'] / 1e3:,.1f}",
-                f"{cell['joules_per_million_tokens'] / JOULES_PER_KWH * grams:,.2f}",
-                cell["source"],
-            ]
-            for cell in energy
-        ]
-        title = (
-            f"Training a million tokens at L {settings['energy_length']:,}, at {grams:g} g of CO2 equivalent per kWh"
-        )
-        found.append((title, ["system", "size", "kJ", "g CO2e", "energy is"], rows))
-    return found
-
-
-def _entry(cell: Figures | None) -> str:
-    if cell is None:
-        return ""
-    if cell["status"] != DONE:
-        return cell["status"]
-    return f"{cell['peak_bytes'] / GIB:.2f}" if cell["measure"] == "memory" else f"{cell['seconds']:.3g}"
-
-
-def _fits(row: Figures) -> str:
-    if row["longest"] is None:
-        return "none" if row["how"] == "measured" else row["how"]
-    return f"{'~' if row['how'] == 'extrapolated' else ''}{row['longest']:,}"
-
-
-def draw(report: dict[str, Any], folder: Path) -> list[Path]:
-    """Draws time and memory against the length, both logarithmic: a PNG for each size, part and recomputation."""
-    from matplotlib.figure import Figure
-
-    settings, paths = report["settings"], []
-    shown = sorted(set(settings["lengths"]))
-    for size in settings["sizes"]:
-        for part in settings["parts"]:
-            for recomputation in settings["recomputations"]:
-                figure = Figure(figsize=(8, 4), dpi=100, layout="constrained")
-                for axes, measure in zip(figure.subplots(1, 2), ("time", "memory"), strict=True):
-                    for system in settings["systems"]:
-                        points = [
-                            (cell["length"], cell["seconds"] if measure == "time" else cell["peak_bytes"] / GIB)
-                            for cell in report["cells"]
-                            if (cell["measure"], cell["size_name"], cell["part"]) == (measure, size, part)
-                            and (cell["system"], cell["recomputation"]) == (system, recomputation)
-                            and cell["status"] == DONE
-                            and cell["length"] <= shown[-1]
-                        ]
-                        if points:
-                            style = "o--" if system == "identity" else "o-"
-                            kind = {"color": SYSTEMS[system].colour, "markersize": 3, "linewidth": 1.2}
-                            label = SYSTEMS[system].title if measure == "time" else None
-                            axes.plot(*zip(*points, strict=True), style, label=label, **kind)
-                    logarithmic_axes(axes, shown, [short_length(length) for length in shown])
-                    axes.set(
-                        xlabel="sequence length (tokens)",
-                        ylabel="seconds" if measure == "time" else "peak memory of the process (GiB)",
-                    )
-                quick = " (quick settings)" if report["quick"] else ""
-                figure.suptitle(
-                    f"Forward and backward, {PARTS[part]} {shape(SIZES[size])}, batch 1, {settings['dtype']}, "
-                    f"recomputation: {recomputation}{quick}",
-                    fontsize=8,
-                )
-                figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=7)
-                path = folder / f"cost-{size}-{part}-{recomputation}.png"
-                figure.savefig(path)
-                paths.append(path)
-    return paths

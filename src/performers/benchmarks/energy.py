@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from performers.errors import MissingExtraError
+from performers.training.runs import energy_tracker
 
 POWERCAP = Path("/sys/class/powercap")
 JOULES_PER_KWH = 3.6e6
-# Grams of CO2 equivalent per kWh, the world average of codecarbon 3.3 (Our World in Data); a country's may be ten times less.
-WORLD_AVERAGE = 475.0
 
 
 def energy_of(work: Callable[[], None], device: str) -> dict[str, Any]:
@@ -81,19 +80,9 @@ def _by_nvml(work: Callable[[], None], device: str) -> dict[str, Any]:
 
 
 def _by_codecarbon(work: Callable[[], None]) -> dict[str, Any]:
-    try:
-        from codecarbon import OfflineEmissionsTracker  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise MissingExtraError("codecarbon", "carbon", "energy where counters cannot be read") from None
-    tracker: Any = OfflineEmissionsTracker(
-        # Energy does not depend on the country, and carbon is not taken from here.
-        country_iso_code="USA",
-        save_to_file=False,
-        log_level="critical",
-        allow_multiple_runs=True,
-        measure_power_secs=1,
-    )
-    tracker.start()
+    tracker = energy_tracker(measure_power_secs=1)
+    if tracker is None:
+        raise MissingExtraError("codecarbon", "carbon", "energy where counters cannot be read")
     work()
     tracker.stop()
     joules = tracker.final_emissions_data.energy_consumed * JOULES_PER_KWH

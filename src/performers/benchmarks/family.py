@@ -85,7 +85,7 @@ class FamilySettings:
         defaults: dict[str, Any] = {"families": 6, "members": 4, "targets": 1, "steps": 10} if quick else {}
         shape = {"context": 512 if quick else 4096, "batch_size": 1, "contexts": "related", "optimizer": "adamw"}
         clusters = given.pop("clusters", None)  # also a key of the recipe, which gets it once the families are prepared
-        settings = cls(clusters=clusters, **recipe_and_rest(quick, defaults, {**shape, **given}))
+        settings = cls(clusters=clusters, **recipe_and_rest(quick, {**defaults, **shape}, given))
         check_systems(settings.systems)
         if settings.objective not in OBJECTIVES:
             raise InputError(f"--objective {settings.objective}: expected one of {', '.join(OBJECTIVES)}.")

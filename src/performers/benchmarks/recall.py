@@ -49,9 +49,10 @@ class RecallSettings:
         systems: names in `SYSTEMS`.
         lengths: L, in tokens, taken by rising length.
         heads, layers, d_ff, d: the size of the model.
-        batch_tokens: of a step; longer sequences make smaller batches.
+        batch_tokens: of a step; longer sequences make smaller batches, and one that is longer than this is a batch of its own.
         first_steps: at most, at the shortest length.
-        steps: at most, at each longer one.
+        steps: at most, at each longer one; where a step has more tokens than `batch_tokens`, fewer steps with as many tokens in
+            all, but at least ten (or `steps`).
         questions: in a sequence.
         tests: sequences that are answered to score a length.
         learning_rate: of AdamW.
@@ -73,8 +74,8 @@ class RecallSettings:
     layers: int = 2
     d_ff: int = 128
     d: int = 64
-    batch_tokens: int = 16_384
-    first_steps: int = 1500
+    batch_tokens: int = 4096
+    first_steps: int = 800
     steps: int = 300
     questions: int = 32
     tests: int = 16
@@ -82,7 +83,7 @@ class RecallSettings:
     device: str = "cpu"
     threads: int | None = None
     seed: int = 0
-    max_minutes: float = 10.0
+    max_minutes: float = 1.0
 
     @classmethod
     def of_size(cls, quick: bool, **given: Any) -> RecallSettings:
@@ -178,7 +179,7 @@ def measure_recall(
             result=lambda figures: (
                 f"accuracy {figures['accuracy']:.3f} ({figures['verdict']}) after {figures['steps_taken']} steps"
             ),
-            weight=lambda cell: cell["steps"] if cell["after"] else cell["first_steps"],
+            weight=lambda cell: _most(cell) * _batch(cell) * cell["length"],  # tokens
         )
         return experiment.report(draw)
 
@@ -199,6 +200,14 @@ def _measure(cell: Cell, before: list[Figures], log: CellLog, max_minutes: float
 
 def _batch(cell: Cell) -> int:
     return max(1, cell["batch_tokens"] // cell["length"])
+
+
+def _most(cell: Cell) -> int:
+    """Steps at most: at every longer length as many tokens, however many a step of it has, but at least ten steps."""
+    if not cell["after"]:
+        return cell["first_steps"]
+    tokens = cell["steps"] * cell["batch_tokens"]
+    return max(round(tokens / (_batch(cell) * cell["length"])), min(_FEWEST, cell["steps"]))
 
 
 def learn(cell: Cell, start: Path | None, folder: Path, relative_to: Path) -> Figures:
@@ -240,7 +249,7 @@ def learn(cell: Cell, start: Path | None, folder: Path, relative_to: Path) -> Fi
         model.load_state_dict(load_file(start), strict=False)  # the output layer is the embedding, and saved once
         model.tie_weights()
     model.to(cell["device"]).train()
-    most = cell["steps"] if cell["after"] else cell["first_steps"]
+    most = _most(cell)
     warm_up = max(1, most // 20)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cell["learning_rate"], betas=(0.9, 0.98), weight_decay=0.0)
     with use_threads(cell["threads"]):
@@ -281,6 +290,7 @@ def learn(cell: Cell, start: Path | None, folder: Path, relative_to: Path) -> Fi
 
 # Nats a question, in ten steps on end: nearly every answer is right.
 _LEARNED = 0.03
+_FEWEST = 10  # steps, however long the sequences are
 
 
 def _answer(model: Any, cell: Cell, seed: int) -> tuple[int, int]:

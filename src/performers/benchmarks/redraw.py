@@ -23,7 +23,7 @@ from performers.benchmarks.comparison import (
     run_cell,
     train,
 )
-from performers.benchmarks.experiment import DONE, Experiment, Figures
+from performers.benchmarks.experiment import DIVERGED, DONE, Experiment, Figures
 from performers.errors import InputError
 
 SYSTEM = "performer-softmax"
@@ -115,17 +115,20 @@ def collect(results: list[Figures]) -> list[Figures]:
     """Mean and spread over the seeds.
 
     Returns:
-        A row for every interval and set: interval, set, baseline, and accuracy and perplexity, a `Spread` as a dictionary each.
+        A row for every interval and set: interval, set, baseline, diverged (how many of the runs did), and accuracy and
+        perplexity, a `Spread` as a dictionary each.
     """
     rows: list[Figures] = []
     for interval in dict.fromkeys(cell["redraw_every"] for cell in results):
-        done = [cell for cell in results if cell["redraw_every"] == interval and cell["status"] == DONE]
+        runs = [cell for cell in results if cell["redraw_every"] == interval]
+        done = [cell for cell in runs if cell["status"] == DONE]
         for name in done[0]["scores"] if done else ():
             rows.append(
                 {
                     "interval": interval,
                     "set": name,
                     "baseline": done[0]["scores"][name]["baseline_accuracy"],
+                    "diverged": sum(cell["status"] == DIVERGED for cell in runs),
                     **{
                         figure: asdict(Spread.of(cell["scores"][name][figure] for cell in done))
                         for figure in ("accuracy", "perplexity")
@@ -154,7 +157,11 @@ def tables(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
     found: list[tuple[str, list[str], list[list[str]]]] = []
     for figure in ("perplexity", "accuracy"):
         rows = [
-            [SETS[row["set"]], named(row["interval"]), f"{row[figure]['mean']:.4f} ± {row[figure]['deviation']:.4f}"]
+            [
+                SETS[row["set"]],
+                named(row["interval"]) + (f" ({row['diverged']} diverged)" if row["diverged"] else ""),
+                f"{row[figure]['mean']:.4f} ± {row[figure]['deviation']:.4f}",
+            ]
             for row in sorted(scores, key=lambda row: list(SETS).index(row["set"]))
         ]
         title = (

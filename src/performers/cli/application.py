@@ -36,11 +36,16 @@ OnInvalid = Annotated[
 ]
 
 
-def listed(text: str | None) -> tuple[str, ...] | None:
-    """The names in a list with commas; () for "none"."""
+def listed(text: str | None, *, empty: str | None = "none") -> tuple[str, ...] | None:
+    """The names in a list with commas.
+
+    Arguments:
+        text: the list, or None, which stays None.
+        empty: the word that stands for no name, so that "none" is (); None where every word is a name.
+    """
     if text is None:
         return None
-    return tuple(part.strip() for part in text.split(",") if part.strip() not in ("", "none"))
+    return tuple(part.strip() for part in text.split(",") if part.strip() not in ("", empty))
 
 
 def numbers(option: str, text: str | None, kind: Callable[[str], Any] = int) -> tuple[Any, ...] | None:

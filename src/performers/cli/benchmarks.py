@@ -277,7 +277,8 @@ def benchmark_cost(
         str | None, typer.Option(help="Lengths in tokens, with commas.", show_default="1024 to 32768")
     ] = None,
     longest: Annotated[
-        int | None, typer.Option(min=64, help="Length up to which memory is measured.", show_default="2097152")
+        int | None,
+        typer.Option(min=64, help="Weigh models at every power of two up to this length.", show_default="2097152"),
     ] = None,
     cap: Annotated[str | None, typer.Option(help="Memory in GiB, with commas.", show_default="4,8,16")] = None,
     recompute: Recompute = None,
@@ -304,7 +305,8 @@ def benchmark_cost(
 
     Example: performers benchmark cost --size small --system transformer,performer-relu,reformer,identity
     """
-    from performers.benchmarks.cost import CostSettings, measure_cost, tables
+    from performers.benchmarks.cost import CostSettings, measure_cost
+    from performers.benchmarks.cost_report import tables
     from performers.training.distributed import choose_device
 
     settings = CostSettings.of_size(
@@ -315,7 +317,7 @@ def benchmark_cost(
         lengths=numbers("--length", length),
         longest=longest,
         caps=numbers("--cap", cap, float),
-        recomputations=listed(recompute),
+        recomputations=listed(recompute, empty=None),
         energy_length=energy_length,
         grams_per_kwh=grams_per_kwh,
         objective=objective,
@@ -334,6 +336,10 @@ def benchmark_concatenated(
     labels: Labels = None,
     context: Annotated[int | None, typer.Option(min=64, help="Tokens in one context.", show_default="8192")] = None,
     cap: Annotated[float | None, typer.Option(min=0.01, help="Memory in GiB.", show_default="16")] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Heads, layers, d_ff and d of the model, with commas.", show_default="8,6,2048,512"),
+    ] = None,
     recompute: Recompute = None,
     minutes: Annotated[
         float | None, typer.Option(min=0.0, help="Of training, for each; 0 trains nothing.", show_default="60")
@@ -369,7 +375,8 @@ def benchmark_concatenated(
         labels=labels,
         context=context,
         cap=cap,
-        recomputations=listed(recompute),
+        size=numbers("--size", size),
+        recomputations=listed(recompute, empty=None),
         minutes=minutes,
         batch_size=batch_size,
         others=listed(other),
@@ -575,16 +582,23 @@ def benchmark_recall(
         str | None, typer.Option(help="Lengths in tokens, with commas.", show_default="128 to 65536")
     ] = None,
     first_steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps at the shortest length, at most.", show_default="1500")
+        int | None, typer.Option(min=1, help="Steps at the shortest length, at most.", show_default="800")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps at each longer one, at most.", show_default="300")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Steps at each longer one, at most; fewer of longer sequences, with as many tokens.",
+            show_default="300",
+        ),
     ] = None,
-    batch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens in one step.", show_default="16384")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens in one step.", show_default="4096")] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Learning rate.", show_default="0.003")] = None,
     output: Annotated[str, output_folder("recall")] = "benchmark-recall",
     restart: Restart = False,
-    max_minutes: MaxMinutes = None,
+    max_minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="Flag a step that would take longer, and skip it.", show_default="1")
+    ] = None,
     quick: Quick = False,
     device: Device = "auto",
     threads: Threads = None,

@@ -1,10 +1,11 @@
 """The models that come with the package: their names, where they are, and what is known of them.
 
 A name such as "performers/protein-masked" comes in, a folder whose files have been verified goes out; Hugging Face's methods and
-this package's then open it like any other, and no network is asked. Every folder in `performers/weights` is a model: weights,
-configuration, tokenizer, the settings of its training (config.yaml), its figures on the held-out sets (evaluation.json) and the
-model card made from all of them (README.md), sealed by a manifest. `scripts/bundle_models.py` makes such a folder. Nothing here
-imports torch or transformers.
+this package's then open it like any other, and no network is asked. A language model's folder in `performers/weights` holds its
+weights, configuration, tokenizer, the settings of its training (config.yaml), its figures on the held-out sets (evaluation.json)
+and the model card made from all of them (README.md), sealed by a manifest. `scripts/bundle_models.py` makes it. A head on a
+language model, which answers a question of its own (interactions.json, by `scripts/bundle_interactions.py`), has a name, a card
+and a manifest too, but only its tool opens it. Nothing here imports torch or transformers.
 """
 
 from __future__ import annotations
@@ -27,36 +28,32 @@ MASKED = "performers/protein-masked"
 CAUSAL = "performers/protein-causal"
 """What writes proteins where no other model is asked for."""
 
+INTERACTIONS = "performers/protein-interactions"
+"""What tells which proteins interact where no other model is asked for: a head on the masked model."""
+
 WEIGHTS = Path(__file__).parents[1] / "weights"
 CARD, EVALUATION, SETTINGS = "README.md", "evaluation.json", "config.yaml"
+HEAD_SETTINGS = "interactions.json"
 _NAMESPACE = "performers/"
 
 ModelName = str | Path
 
 
 @dataclass(frozen=True)
-class BundledModel:
-    """What is known of a bundled model.
+class Bundled:
+    """What is known of anything that is bundled.
 
     Attributes:
         name: what it is opened by.
         folder: where it is.
-        objective: "mlm" (masked residues) or "clm" (each residue from those before it).
-        parameters: how many numbers it has learned.
+        objective: "mlm" (masked residues), "clm" (each residue from those before it) or "interactions" (of two proteins).
         num_bytes: of its weights file.
-        context: tokens that it was trained on at a time.
-        version: of the package that measured its figures.
-        held_out: for each held-out set what `Evaluation` tells of it, as a dictionary.
     """
 
     name: str
     folder: Path
     objective: str
-    parameters: int
     num_bytes: int
-    context: int
-    version: str
-    held_out: dict[str, dict[str, Any]]
 
     @property
     def card(self) -> str:
@@ -68,26 +65,65 @@ class BundledModel:
         return {**asdict(self), "folder": str(self.folder)}
 
 
+@dataclass(frozen=True)
+class BundledModel(Bundled):
+    """What is known of a bundled language model.
+
+    Attributes:
+        parameters: how many numbers it has learned.
+        context: tokens that it was trained on at a time, at the end of its training.
+        version: of the package that measured its figures.
+        held_out: for each held-out set what `Evaluation` tells of it, as a dictionary.
+    """
+
+    parameters: int
+    context: int
+    version: str
+    held_out: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class BundledHead(Bundled):
+    """What is known of a bundled model that sits on a language model.
+
+    Attributes:
+        body: the language model that it was trained on.
+        verdict: how it did against its baselines, in words.
+    """
+
+    body: str
+    verdict: str
+
+
 def bundled_names() -> list[str]:
-    """The names of the models that come with this installation."""
-    return sorted(_NAMESPACE + path.parent.name for path in WEIGHTS.glob("*/config.json"))
+    """The names of the language models that come with this installation."""
+    return _names("config.json")
+
+
+def head_names() -> list[str]:
+    """The names of the heads that come with this installation."""
+    return _names(HEAD_SETTINGS)
+
+
+def _names(file: str) -> list[str]:
+    return sorted(_NAMESPACE + path.parent.name for path in WEIGHTS.glob(f"*/{file}"))
 
 
 def is_bundled(model: object) -> bool:
-    """Whether this names a bundled model; a folder of that name that exists comes first, as in Hugging Face's methods."""
+    """Whether this names a bundled language model; a folder of that name comes first, as in Hugging Face's methods."""
     return isinstance(model, str | Path) and _text(model) in bundled_names() and not os.path.isdir(model)
 
 
 def bundled_folder(name: ModelName) -> Path:
-    """The folder of a bundled model, after every file of it has been verified.
+    """The folder of a bundled model or head, after every file of it has been verified.
 
     Raises:
         InputError: there is no such model; the sentence lists those that there are.
         CheckpointError: a file is missing or damaged.
     """
     text = _text(name)
-    if text not in bundled_names():
-        raise InputError(f"{text} is not a bundled model; expected {_choices()}.")
+    if text not in (names := sorted(bundled_names() + head_names())):
+        raise InputError(f"{text} is not a bundled model; expected {_choices(names)}.")
     folder = WEIGHTS / text.removeprefix(_NAMESPACE)
     try:
         verify_folder(folder)
@@ -99,10 +135,10 @@ def bundled_folder(name: ModelName) -> Path:
 
 
 def located(model: Any) -> Any:
-    """The folder behind a model's name, as text; whatever names no bundled model stays as it is.
+    """The folder behind a language model's name, as text; whatever names nothing bundled stays as it is.
 
     Raises:
-        InputError: "performers/..." that is neither a folder nor the name of a model.
+        InputError: "performers/..." that is neither a folder nor the name of a language model.
         CheckpointError: as `bundled_folder`.
     """
     if not isinstance(model, str | Path) or os.path.exists(model):
@@ -110,8 +146,15 @@ def located(model: Any) -> Any:
     text = _text(model)
     if not text.startswith(_NAMESPACE) or "/" in text.removeprefix(_NAMESPACE):
         return model
+    if text in head_names():
+        raise InputError(
+            f"{text} is a head on a language model, for `performers interact predict`; expected a folder, or "
+            f"{_choices(bundled_names())}."
+        )
     if text not in bundled_names():
-        raise InputError(f"{text} is neither a folder nor a bundled model; expected a folder, or {_choices()}.")
+        raise InputError(
+            f"{text} is neither a folder nor a bundled model; expected a folder, or {_choices(bundled_names())}."
+        )
     return str(bundled_folder(text))
 
 
@@ -130,11 +173,14 @@ def model_or_default(model: ModelName | None, default: str = MASKED) -> ModelNam
 
 
 def describe(name: str) -> BundledModel:
-    """What is known of a bundled model.
+    """What is known of a bundled language model.
 
     Raises:
-        InputError, CheckpointError: as `bundled_folder`.
+        InputError: there is no such model; the sentence lists those that there are.
+        CheckpointError: as `bundled_folder`.
     """
+    if _text(name) in head_names():
+        raise InputError(f"{name} is a head, not a language model; expected {_choices(bundled_names())}.")
     folder = bundled_folder(name)
     evaluation = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
     settings = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
@@ -147,6 +193,27 @@ def describe(name: str) -> BundledModel:
         context=settings["context"],
         version=evaluation["version"],
         held_out=evaluation["sets"],
+    )
+
+
+def describe_head(name: str) -> BundledHead:
+    """What is known of a bundled head.
+
+    Raises:
+        InputError: there is no such head; the sentence lists those that there are.
+        CheckpointError: as `bundled_folder`.
+    """
+    if _text(name) in bundled_names():
+        raise InputError(f"{name} is a language model, not a head; expected {_choices(head_names())}.")
+    folder = bundled_folder(name)
+    settings = json.loads((folder / HEAD_SETTINGS).read_text(encoding="utf-8"))
+    return BundledHead(
+        name=_text(name),
+        folder=folder,
+        objective="interactions",
+        num_bytes=(folder / "head.safetensors").stat().st_size,
+        body=settings["body"],
+        verdict=settings["verdict"],
     )
 
 
@@ -171,6 +238,7 @@ def _text(model: ModelName) -> str:
     return os.fspath(model).replace(os.sep, "/")
 
 
-def _choices() -> str:
-    names = bundled_names()
-    return " or ".join(names) if names else "none: this installation has no bundled models"
+def _choices(names: list[str]) -> str:
+    if not names:
+        return "none: this installation has no bundled models"
+    return " or ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)

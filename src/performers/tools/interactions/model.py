@@ -29,17 +29,17 @@ from torch.nn import functional as F
 
 from performers.errors import CheckpointError, InputError, UnsupportedError
 from performers.folders import MANIFEST, sha256_of, verify_folder
-from performers.models.bundled import WEIGHTS, name_of
+from performers.models.bundled import HEAD_SETTINGS, INTERACTIONS, WEIGHTS, name_of
 from performers.tools.interactions.figures import ahead, with_interval
 from performers.tools.language_model import LanguageModel
 from performers.training.checkpoint import weights_files
 from performers.training.run_folder import GENERATOR, OPTIMIZER
 
-SETTINGS, HEAD, BODY, CARD = "interactions.json", "head.safetensors", "body", "README.md"
+SETTINGS, HEAD, BODY, CARD = HEAD_SETTINGS, "head.safetensors", "body", "README.md"
 BUNDLED = WEIGHTS / "protein-interactions"
 """What predicts where no other model is asked for, in installations that bring it; `scripts/bundle_interactions.py` makes it."""
 
-BUNDLED_NAME = "performers/protein-interactions"
+BUNDLED_NAME = INTERACTIONS
 
 NO_MODEL = (
     "No --model was given, and this release brings no model of interactions with it: give the folder of one, which "
