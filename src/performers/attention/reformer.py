@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from performers.attention.exact import ExactState
-from performers.attention.gathered import PLANS, Blocks, Plan, Positions, gathered_attention
+from performers.attention.gathered import PLANS, TAKE_PACKED, Blocks, Plan, Positions, gathered_attention
 from performers.attention.mechanism import Mechanism
 from performers.errors import InputError
 
@@ -130,49 +130,98 @@ def hash_buckets(x: Tensor, seed: int, num_hashes: int, num_keys: int, bucket_si
         halves = [first, -(-wanted // (4 * first))]
     generator = torch.Generator().manual_seed(seed)
     rotations = torch.randn(num_hashes, sum(halves), x.shape[-1], generator=generator, dtype=torch.float64)
-    x = x.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(-3)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     factors = rotations.to(x).split(halves, dim=1)
-    size = max(1, PRODUCTS // (x.shape[:-3].numel() * num_hashes * max(halves)))
+    size = max(1, PRODUCTS // (x.shape[:-2].numel() * num_hashes * max(halves)))
 
     def bucket(piece: Tensor) -> Tensor:
         found = torch.zeros((), dtype=torch.long, device=x.device)
         for rotation in factors:
-            turned = piece @ rotation.mT  # (..., rounds, size, half)
-            found = found * (2 * rotation.shape[1]) + torch.cat([turned, -turned], -1).argmax(-1)
-        return found
+            # The rounds side by side make one product; the largest of [y; -y] is the largest |y|, with its sign.
+            turned = (piece @ rotation.flatten(0, 1).mT).unflatten(-1, rotation.shape[:2])  # (..., size, rounds, half)
+            largest = turned.abs().argmax(-1, keepdim=True)
+            side = largest + rotation.shape[1] * (turned.gather(-1, largest) < 0)
+            found = found * (2 * rotation.shape[1]) + side.squeeze(-1)
+        return found.mT
 
     return torch.cat([bucket(piece) for piece in x.split(size, dim=-2)], -1)
+
+
+class _Cuts(NamedTuple):
+    """How N sequences, one after the other, are cut into chunks, which are numbered through."""
+
+    of: Tensor  # (P,) the sequence of each position
+    start: Tensor  # (N,) the position where each begins
+    end: Tensor  # (N,)
+    first: Tensor  # (N,) the first chunk of each
+    chunks: Tensor  # (N,) how many each has
+
+    @classmethod
+    def of_sequences(cls, at: Positions, bucket_size: int) -> _Cuts:
+        num_keys, device = len(at.key_at), at.key_at.device
+        bounds = torch.tensor([0, num_keys], device=device) if at.bounds is None else at.bounds
+        start, end = bounds[:-1], bounds[1:].contiguous()
+        chunks = (end - start + bucket_size - 1) // bucket_size
+        of = torch.searchsorted(end, torch.arange(num_keys, device=device), right=True)
+        return cls(of, start, end, chunks.cumsum(0) - chunks, chunks)
+
+    def chunk(self, of: Tensor, rank: Tensor, bucket_size: int) -> Tensor:
+        """The chunk of ranks (..., L) of sequences (L,)."""
+        return self.first[of] + (rank - self.start[of]) // bucket_size
 
 
 class _Hashed(NamedTuple):
     """Where the queries and keys of Z heads fall in each round."""
 
-    query_chunk: Tensor  # (Z, rounds, Lq)  by the index of the query
-    key_chunk: Tensor  # (Z, rounds, P)  by the position of the key
-    order: Tensor  # (Z, rounds, P)  the positions of the keys, sorted
+    query_chunk: Tensor  # (Z, rounds, Lq) int32, by the index of the query
+    key_chunk: Tensor  # (Z, rounds, P) int32, by the position of the key
+    order: Tensor  # (Z, rounds, P)  the positions of the keys, sorted: sequence by sequence, each by bucket
+    cuts: _Cuts
+
+
+def _hash_sequences(x: Tensor, of: Tensor, cuts: _Cuts, seed: int, num_hashes: int, bucket_size: int) -> Tensor:
+    """`hash_buckets` of each sequence: of tokens (Z, L, D) of sequences (L,), (Z, rounds, L)."""
+    sizes = cuts.chunks[cuts.chunks > 0].unique().tolist()
+    if len(sizes) == 1:
+        return hash_buckets(x, seed, num_hashes, sizes[0] * bucket_size, bucket_size)
+    buckets = torch.zeros(x.shape[0], num_hashes, x.shape[1], dtype=torch.long, device=x.device)
+    for size in sizes:
+        rows = (cuts.chunks[of] == size).nonzero()[:, 0]
+        found = hash_buckets(x.index_select(1, rows), seed, num_hashes, size * bucket_size, bucket_size)
+        buckets.index_copy_(2, rows, found)
+    return buckets
 
 
 def _hash(query: Tensor, key: Tensor, at: Positions, seed: int, num_hashes: int, bucket_size: int) -> _Hashed:
     num_keys = len(at.key_at)
+    cuts = _Cuts.of_sequences(at, bucket_size)
     position = torch.arange(num_keys, device=key.device)
-    buckets = hash_buckets(key.index_select(1, at.key_at), seed, num_hashes, num_keys, bucket_size)
-    # A key's place in the order: by bucket, then by position. Queries fall in where their own key would.
-    places, order = torch.sort(buckets * (num_keys + 1) + position + 1, dim=-1)
+    query_position = at.of_queries(query.shape[1]).clamp(min=-1)
+    query_of = cuts.of[query_position.clamp(min=0)]
+    buckets = _hash_sequences(key.index_select(1, at.key_at), cuts.of, cuts, seed, num_hashes, bucket_size)
+    query_buckets = _hash_sequences(query, query_of, cuts, seed, num_hashes, bucket_size)
+    # A key's place in the order: by sequence, by bucket, then by position. Queries fall in where their own key would.
+    most = torch.maximum(buckets.max(), query_buckets.max()) + 1
+    places, order = torch.sort((cuts.of * most + buckets) * (num_keys + 1) + position + 1, dim=-1)
     rank = torch.empty_like(order).scatter_(-1, order, position.expand_as(order))
-    query_buckets = hash_buckets(query, seed, num_hashes, num_keys, bucket_size)
-    own = query_buckets * (num_keys + 1) + at.of_queries(query.shape[1]).clamp(min=-1) + 1
-    query_rank = torch.searchsorted(places, own).clamp(max=max(0, num_keys - 1))
-    return _Hashed(query_rank // bucket_size, rank // bucket_size, order)
+    own = (query_of * most + query_buckets) * (num_keys + 1) + query_position + 1
+    query_rank = torch.searchsorted(places, own).minimum(cuts.end[query_of] - 1)
+    return _Hashed(
+        cuts.chunk(query_of, query_rank, bucket_size).int(),
+        cuts.chunk(cuts.of, rank, bucket_size).int(),
+        order,
+        cuts,
+    )
 
 
 def _round(hashed: _Hashed, number: int, at: Positions, bucket_size: int, is_causal: bool) -> Blocks:
     """The blocks of one round: the queries of each chunk, in as many blocks of `bucket_size` as they need."""
     num_keys, device = len(at.key_at), at.key_at.device
-    num_chunks = -(-num_keys // bucket_size)
+    cuts, num_chunks = hashed.cuts, int(hashed.cuts.chunks.sum())
     position = at.of_queries(hashed.query_chunk.shape[-1])
     # A query that is padding goes to a chunk after the last one, and from there into no block.
     chunk, queries = torch.sort(
-        hashed.query_chunk[:, number].where(position >= at.first, num_chunks), dim=-1, stable=True
+        hashed.query_chunk[:, number].where(position >= at.first, num_chunks).long(), dim=-1, stable=True
     )
     num, num_queries = chunk.shape
     count = torch.zeros(num, num_chunks + 1, dtype=torch.long, device=device)
@@ -187,8 +236,10 @@ def _round(hashed: _Hashed, number: int, at: Positions, bucket_size: int, is_cau
 
     numbers = torch.arange(total, device=device).expand(num, -1).contiguous()
     chunk_of_block = torch.searchsorted(last_block, numbers, right=True)
+    sequence = torch.searchsorted(cuts.first + cuts.chunks, chunk_of_block, right=True).clamp(max=len(cuts.first) - 1)
+    start, end = cuts.start[sequence].unsqueeze(-1), cuts.end[sequence].unsqueeze(-1)
     near = torch.arange(-bucket_size, bucket_size, device=device)
-    rank = chunk_of_block.unsqueeze(-1) * bucket_size + near
+    rank = start + (chunk_of_block - cuts.first[sequence]).unsqueeze(-1) * bucket_size + near
     keys = _at(hashed.order[:, number], rank.clamp(0, num_keys - 1))
 
     def visible(blocks: slice) -> Tensor:
@@ -199,10 +250,10 @@ def _round(hashed: _Hashed, number: int, at: Positions, bucket_size: int, is_cau
         for earlier in range(number):
             q_chunk, k_chunk = _at(hashed.query_chunk[:, earlier], q), _at(hashed.key_chunk[:, earlier], k)
             ahead = q_chunk.unsqueeze(-1) - k_chunk.unsqueeze(-2)
-            seen = seen & (ahead != 0) & (ahead != 1)
+            seen = seen & (ahead.bitwise_right_shift_(1) != 0)  # neither 0 nor 1
         return seen
 
-    inside = (rank >= 0) & (rank < num_keys)
+    inside = (rank >= start) & (rank < end)
     return Blocks(blocks_of_queries, at.key_at[keys].where(inside, -1), visible)
 
 
@@ -228,6 +279,7 @@ def _plan(query: Tensor, key: Tensor, at: Positions, is_causal: bool, numbers: l
 
 
 PLANS["lsh"] = _plan
+TAKE_PACKED.add("lsh")
 
 
 class ReformerAttention(Mechanism):
