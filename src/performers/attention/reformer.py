@@ -155,6 +155,8 @@ class _Cuts(NamedTuple):
     end: Tensor  # (N,)
     first: Tensor  # (N,) the first chunk of each
     chunks: Tensor  # (N,) how many each has
+    sizes: list[int]  # the numbers of chunks that occur
+    total: int  # chunks of all
 
     @classmethod
     def of_sequences(cls, at: Positions, bucket_size: int) -> _Cuts:
@@ -163,7 +165,9 @@ class _Cuts(NamedTuple):
         start, end = bounds[:-1], bounds[1:].contiguous()
         chunks = (end - start + bucket_size - 1) // bucket_size
         of = torch.searchsorted(end, torch.arange(num_keys, device=device), right=True)
-        return cls(of, start, end, chunks.cumsum(0) - chunks, chunks)
+        counts: list[int] = chunks.tolist()
+        sizes = sorted({count for count in counts if count})
+        return cls(of, start, end, chunks.cumsum(0) - chunks, chunks, sizes, sum(counts))
 
     def chunk(self, of: Tensor, rank: Tensor, bucket_size: int) -> Tensor:
         """The chunk of ranks (..., L) of sequences (L,)."""
@@ -181,11 +185,10 @@ class _Hashed(NamedTuple):
 
 def _hash_sequences(x: Tensor, of: Tensor, cuts: _Cuts, seed: int, num_hashes: int, bucket_size: int) -> Tensor:
     """`hash_buckets` of each sequence: of tokens (Z, L, D) of sequences (L,), (Z, rounds, L)."""
-    sizes = cuts.chunks[cuts.chunks > 0].unique().tolist()
-    if len(sizes) == 1:
-        return hash_buckets(x, seed, num_hashes, sizes[0] * bucket_size, bucket_size)
+    if len(cuts.sizes) == 1:
+        return hash_buckets(x, seed, num_hashes, cuts.sizes[0] * bucket_size, bucket_size)
     buckets = torch.zeros(x.shape[0], num_hashes, x.shape[1], dtype=torch.long, device=x.device)
-    for size in sizes:
+    for size in cuts.sizes:
         rows = (cuts.chunks[of] == size).nonzero()[:, 0]
         found = hash_buckets(x.index_select(1, rows), seed, num_hashes, size * bucket_size, bucket_size)
         buckets.index_copy_(2, rows, found)
@@ -217,7 +220,7 @@ def _hash(query: Tensor, key: Tensor, at: Positions, seed: int, num_hashes: int,
 def _round(hashed: _Hashed, number: int, at: Positions, bucket_size: int, is_causal: bool) -> Blocks:
     """The blocks of one round: the queries of each chunk, in as many blocks of `bucket_size` as they need."""
     num_keys, device = len(at.key_at), at.key_at.device
-    cuts, num_chunks = hashed.cuts, int(hashed.cuts.chunks.sum())
+    cuts, num_chunks = hashed.cuts, hashed.cuts.total
     position = at.of_queries(hashed.query_chunk.shape[-1])
     # A query that is padding goes to a chunk after the last one, and from there into no block.
     chunk, queries = torch.sort(
