@@ -108,6 +108,15 @@ def test_benchmark_training_measures_each_mechanism_in_a_process_of_its_own(run:
     for figures in (local, exact):
         assert figures["tokens_per_second"] > 0
         assert figures["peak_bytes"] > 50 * 2**20
+    own.write_text(
+        "preset: tiny\nkernel: elu\nnum_features: 8\narchitecture: {hidden_size: 32, num_hidden_layers: 1}\n"
+    )
+    status, out, err = run("benchmark", "training", "--config", own, "--attention", "favor", *options)
+    assert status == 0, err
+    assert [figures["attention"] for figures in json.loads(out)] == [
+        "split",
+        "favor",
+    ]  # pretrain's own default, by its name
     status, _, err = run("benchmark", "training", "--attention", "psychic", *options)
     assert status == 2
     assert "psychic" in err

@@ -30,6 +30,7 @@ def settings(fasta: Path) -> Callable[..., dict[str, Any]]:
             "input": [str(fasta)],
             "output": str(output),
             "preset": "tiny",
+            "attention": "favor",
             "architecture": architecture,
             "num_features": 8,
             "dropout": 0.1,

@@ -219,13 +219,42 @@ def test_training_starts_from_a_model_folder_with_another_objective(
     tmp_path: Path, train: Train, settings: Settings
 ) -> None:
     first = train(tmp_path / "masked", steps=4)
-    changes = {"preset": None, "architecture": {}, "num_features": None, "dropout": None}
+    changes = {"preset": None, "attention": None, "architecture": {}, "num_features": None, "dropout": None}
     second = train(
         tmp_path / "causal", steps=2, objective="clm", init_from=str(first.model), learning_rate=1e-9, **changes
     )
     before, after = open_model(first.model).state_dict(), open_model(second.model).state_dict()
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "local"),
+    [
+        ({}, 1),
+        ({"preset": "paper-regular"}, 0),
+        ({"attention": ["favor"]}, 0),
+        ({"sequence_parallel": 2}, 0),
+        ({"architecture": {"hidden_size": 16, "num_attention_heads": 1, "num_hidden_layers": 1}}, 0),
+        ({"architecture": {"hidden_size": 16, "num_hidden_layers": 1, "attention_kwargs": {"num_features": 8}}}, 0),
+    ],
+    ids=["nothing", "the paper's size", "another attention", "rows on two processes", "one head", "its own arguments"],
+)
+def test_unless_something_else_is_asked_for_one_head_is_local(
+    changes: dict[str, Any], local: int, settings: Settings, tmp_path: Path
+) -> None:
+    own_arguments = "attention_kwargs" in changes.get("architecture", {})
+    features = {"num_features": None} if own_arguments else {"num_features": 8, "kernel": "elu"}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = settings(tmp_path, attention=None, architecture=sizes, **features)
+    config = new_model(PretrainConfig.parse({**base, **changes})).config
+    favor = {"kernel": "relu" if own_arguments else "elu", "num_features": 8}
+    if local:
+        window = {"first": "local", "first_kwargs": {"window": 16}}
+        expected = {"heads": 1, **window, "second": "favor", "second_kwargs": favor}
+        assert (config.attention, config.attention_kwargs) == ("split", expected)
+    else:
+        assert (config.attention, config.attention_kwargs) == ("favor", favor)
 
 
 def test_a_corpus_folder_is_trained_on_where_it_is(tmp_path: Path, fasta: Path, train: Train) -> None:
@@ -249,7 +278,10 @@ def test_a_corpus_folder_is_trained_on_where_it_is(tmp_path: Path, fasta: Path, 
         ({"architecture": {"hiden_size": 16}}, "hiden_size"),
         ({"device": "abacus"}, "device='abacus'"),
         ({"contexts": "concatenated", "context": 100_000}, "smaller --context"),
-        ({"init_from": "none", "preset": None, "architecture": {}, "num_features": None}, "expected a model folder"),
+        (
+            {"init_from": "none", "preset": None, "attention": None, "architecture": {}, "num_features": None},
+            "expected a model folder",
+        ),
     ],
     ids=str,
 )

@@ -32,23 +32,26 @@ def measure_training(attention: list[str], config: str | None = None, **settings
         InputError: a setting is not valid.
         RunError: a process failed.
     """
-    models = [{"attention": name} for name in attention]
+    kernel = settings.pop("kernel")
+    models: list[dict[str, Any]] = [
+        {"attention": name, "kernel": kernel if name == "favor" else None} for name in attention
+    ]
     if config is not None:
         given = PretrainConfig.parse({"input": "bundled:train", **read_config(config), "output": "unused"})
         size = {key: value for key, value in given.architecture.items() if key != "attention_kwargs"}
         settings["preset"] = given.preset
         models = [
-            {"attention": given.attention, "architecture": given.architecture},
-            *({"attention": name, "architecture": size} for name in attention),
+            {key: getattr(given, key) for key in ("attention", "architecture", "kernel", "num_features", "projection")},
+            *({**model, "architecture": size} for model in models),
         ]
     return [run_alone("performers.benchmarks.training:training_steps", **model, **settings) for model in models]
 
 
 def training_steps(
-    attention: str | list[str],
-    preset: str,
+    attention: str | list[str] | None,
+    preset: str | None,
     context: int,
-    kernel: str,
+    kernel: str | None,
     batch_size: int,
     steps: int,
     objective: str,
@@ -60,17 +63,18 @@ def training_steps(
     threads: int | None,
     seed: int,
     architecture: dict[str, Any] | None = None,
+    num_features: int | None = None,
+    projection: str | None = None,
 ) -> dict[str, Any]:
     """Takes `warm_up` steps untimed and `steps` timed on concatenated contexts of the bundled sample.
 
     Arguments:
         layer_chunk: `chunk_size_layer` of the model; None leaves it as it is.
-        architecture: as in `PretrainConfig`.
-        sequence_chunk: as in `PretrainConfig`.
-        attention, preset, context, kernel, batch_size, steps, objective, device, dtype, threads, seed: those of the command.
+        attention, architecture, kernel, num_features, projection, sequence_chunk: as in `PretrainConfig`.
+        preset, context, batch_size, steps, objective, device, dtype, threads, seed: those of the command.
 
     Returns:
-        attention, preset, context, batch_size, objective, layer_chunk, sequence_chunk, and the figures of `time_steps`.
+        preset, context, batch_size, objective, sequence_chunk, and the figures of `time_steps`.
     """
     keys = {
         "input": "bundled:train",
@@ -79,7 +83,9 @@ def training_steps(
         "contexts": "concatenated",
         "preset": preset,
         "attention": attention,
-        "kernel": kernel if attention == "favor" else None,
+        "kernel": kernel,
+        "num_features": num_features,
+        "projection": projection,
         "architecture": (architecture or {}) | ({} if layer_chunk is None else {"chunk_size_layer": layer_chunk}),
         "sequence_chunk": sequence_chunk,
         "batch_size": batch_size,
@@ -90,12 +96,10 @@ def training_steps(
     }
     figures = time_steps(keys, warm_up, steps)
     return {
-        "attention": attention if isinstance(attention, str) else "+".join(attention),
         "preset": preset,
         "context": context,
         "batch_size": batch_size,
         "objective": objective,
-        "layer_chunk": figures.pop("layer_chunk"),
         "sequence_chunk": sequence_chunk,
         **figures,
     }
@@ -110,8 +114,8 @@ def time_steps(keys: dict[str, Any], warm_up: int, steps: int) -> dict[str, Any]
         steps: that are timed, at least one.
 
     Returns:
-        device, dtype, threads, layer_chunk, parameters, loss (of the last step), seconds_per_step (the median) and
-        tokens_per_second; on cuda peak_bytes too.
+        attention (the mechanisms of the layers, joined by "+"), device, dtype, threads, layer_chunk, parameters, loss (of the
+        last step), seconds_per_step (the median) and tokens_per_second; on cuda peak_bytes too.
 
     Raises:
         InputError: a key is not valid.
@@ -150,6 +154,7 @@ def time_steps(keys: dict[str, Any], warm_up: int, steps: int) -> dict[str, Any]
             seconds.append(time.perf_counter() - started)
         median = statistics.median(seconds[warm_up:])
         figures: dict[str, Any] = {
+            "attention": "+".join(dict.fromkeys(model.config.mechanisms)),
             "device": str(device),
             "dtype": str(precision).removeprefix("torch."),
             "threads": torch.get_num_threads(),

@@ -205,13 +205,15 @@ class _LanguageModelling(BaseModel):
         None, description="A model folder whose weights and architecture the run starts from."
     )
     attention: Names | None = Field(
-        None, description="One mechanism, or one per layer with commas: favor, exact. [favor]"
+        None,
+        description="One mechanism, or one per layer with commas: favor, exact, reformer, sparse, local, split. [split: one head "
+        "local, with a window of 16, the others favor; favor alone in the paper's presets and with sequence_parallel]",
     )
     kernel: str | None = Field(
-        None, description="Kernel of the favor layers: relu, softmax, elu, ... (see FavorFeatures). [relu]"
+        None, description="Kernel of the favor heads: relu, softmax, elu, ... (see FavorFeatures). [relu]"
     )
-    num_features: int | None = Field(None, ge=1, description="Random features of the favor layers. [256]")
-    projection: str | None = Field(None, description="Projection of the favor layers: orthogonal, iid. [orthogonal]")
+    num_features: int | None = Field(None, ge=1, description="Random features of the favor heads. [256]")
+    projection: str | None = Field(None, description="Projection of the favor heads: orthogonal, iid. [orthogonal]")
     architecture: dict[str, Any] = Field({}, description="Further keys of PerformerConfig, e.g. hidden_size=256.")
     dropout: Number | None = Field(None, ge=0, lt=1, description="Probability to drop an element. [as the preset says]")
     gradient_checkpointing: bool = Field(False, description="Recompute layers in the backward pass to save memory.")

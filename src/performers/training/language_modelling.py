@@ -28,6 +28,9 @@ from performers.training.task import Figures
 
 _DEFAULT_REDRAW_INTERVAL = 1000
 
+# The strongest attention of `performers benchmark quality` (docs/results.md) at equal steps and at equal time.
+_LOCAL_HEAD = {"heads": 1, "first": "local", "first_kwargs": {"window": 16}, "second": "favor"}
+
 
 def open_for_training(config: PretrainConfig, checkpoint: Path | None) -> Any:
     """The model of a checkpoint, or the one a run begins with, in training mode.
@@ -62,6 +65,18 @@ def new_model(config: PretrainConfig) -> Any:
         if config.dropout is not None:
             raise ConfigError("dropout and init_from exclude each other: a model folder brings its own.")
         return model
+    values: dict[str, Any] = {**_attention(config), "seed": config.seed}
+    if config.dropout is not None:
+        values["hidden_dropout_prob"] = config.dropout
+    architecture = PerformerConfig.preset(config.preset or "small", **{**values, **config.architecture})
+    if architecture.vocab_size != VOCAB_SIZE:
+        raise ConfigError(f"vocab_size={architecture.vocab_size}: expected the {VOCAB_SIZE} tokens of residues.")
+    torch.manual_seed(derive_seed(config.seed, "initialization"))
+    return (PerformerForCausalLM if config.objective == "clm" else PerformerForMaskedLM)(architecture)
+
+
+def _attention(config: PretrainConfig) -> dict[str, Any]:
+    """The keys `attention` and `attention_kwargs` of the model: as they are given, or the default of a preset of ours."""
     favor = {
         key: value
         for key, value in (
@@ -71,21 +86,26 @@ def new_model(config: PretrainConfig) -> Any:
         )
         if value is not None
     }
-    attention = config.attention or ["favor"]
-    values: dict[str, Any] = {"attention": attention[0] if len(attention) == 1 else attention, "seed": config.seed}
-    if favor and "favor" not in attention:
-        raise ConfigError(
-            f"{next(iter(favor))} belongs to favor attention, which no layer of attention={attention} has."
-        )
+    if _takes_a_local_head(config):
+        return {"attention": "split", "attention_kwargs": {**_LOCAL_HEAD, "second_kwargs": favor}}
+    names = config.attention or ["favor"]
+    values: dict[str, Any] = {"attention": names[0] if len(names) == 1 else names}
+    if favor and "favor" not in names:
+        raise ConfigError(f"{next(iter(favor))} belongs to favor attention, which no layer of attention={names} has.")
     if favor:
-        values["attention_kwargs"] = favor if len(set(attention)) == 1 else {"favor": favor}
-    if config.dropout is not None:
-        values["hidden_dropout_prob"] = config.dropout
-    architecture = PerformerConfig.preset(config.preset or "small", **{**values, **config.architecture})
-    if architecture.vocab_size != VOCAB_SIZE:
-        raise ConfigError(f"vocab_size={architecture.vocab_size}: expected the {VOCAB_SIZE} tokens of residues.")
-    torch.manual_seed(derive_seed(config.seed, "initialization"))
-    return (PerformerForCausalLM if config.objective == "clm" else PerformerForMaskedLM)(architecture)
+        values["attention_kwargs"] = favor if len(set(names)) == 1 else {"favor": favor}
+    return values
+
+
+def _takes_a_local_head(config: PretrainConfig) -> bool:
+    """Whether nothing stands against it: another wish, the paper's own models, one head alone, or rows on several processes."""
+    return (
+        config.attention is None
+        and config.sequence_parallel == 1
+        and not (config.preset or "").startswith("paper-")
+        and not config.architecture.keys() & {"attention", "attention_kwargs"}
+        and config.architecture.get("num_attention_heads") != 1
+    )
 
 
 def initial_weights(config: PretrainConfig) -> list[dict[str, Any]]:
