@@ -353,6 +353,7 @@ def _mean(spread: dict[str, Any]) -> str:
 def draw(report: dict[str, Any], folder: Path) -> list[Path]:
     """Draws every system's accuracy with its interval, a PNG for each objective and budget."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     scores, paths = report["scores"], []
     for objective, budget in dict.fromkeys((row["objective"], row["budget"]) for row in scores):
@@ -373,6 +374,7 @@ def draw(report: dict[str, Any], folder: Path) -> list[Path]:
             axes.set_title(SETS[name], fontsize=8)
             axes.set_yticks(range(len(systems)), [SYSTEMS[system].title for system in reversed(systems)])
             axes.set_xlabel("accuracy", fontsize=8)
+            axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.tick_params(labelsize=7)
             axes.spines[["top", "right"]].set_visible(False)
         quick = " (quick settings)" if report["quick"] else ""
