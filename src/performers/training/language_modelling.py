@@ -28,8 +28,8 @@ from performers.training.task import Figures
 
 _DEFAULT_REDRAW_INTERVAL = 1000
 
-# The strongest attention of `performers benchmark quality` (docs/results.md) at equal steps and at equal time.
-_LOCAL_HEAD = {"heads": 1, "first": "local", "first_kwargs": {"window": 16}, "second": "favor"}
+# A split is of local and favor heads. The strongest attention of `performers benchmark quality` (docs/results.md).
+_LOCAL_HEAD = {"heads": 1, "first_kwargs": {"window": 16}}
 
 
 def open_for_training(config: PretrainConfig, checkpoint: Path | None) -> Any:
