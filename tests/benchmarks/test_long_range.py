@@ -125,6 +125,19 @@ def test_accuracy_near_a_cut_is_compared_on_the_same_residues() -> None:
         (8, 0.0, 1.0),
         (512, 1.0, 0.0),
     ]
+    assert all(row["interval"] == [-1, 1] for row in rows)  # one protein says nothing of others
+
+
+def test_what_is_lost_near_a_cut_has_an_interval_over_the_proteins_that_have_one() -> None:
+    proteins = 30
+    cut = window(512, ["01"] * proteins + ["1"], ["05"] * proteins + ["-"])
+    near, far = distances([cut, window(WHOLE, ["11"] * proteins + ["1"])])
+    assert (near["residues"], near["loss"], near["interval"]) == (proteins, 1.0, [1.0, 1.0])
+    assert (far["loss"], far["interval"]) == (0.0, [0.0, 0.0])
+    uneven = window(512, ["0"] + ["1"] * 14, ["0"] * 15)
+    (row,) = distances([uneven, window(WHOLE, ["1"] * 15)])
+    assert row["loss"] == pytest.approx(1 / 15)
+    assert row["interval"][0] == 0 < row["loss"] < row["interval"][1]
 
 
 def test_what_is_not_given_does_not_replace_what_an_experiment_trains_at() -> None:
@@ -153,7 +166,11 @@ def test_windows_cut_long_proteins_and_hide_the_same_residues(
     for number in set(range(3)) - set(longer):  # a window that holds the whole protein is the whole protein
         assert cells[4096]["hits"][number] == cells[WHOLE]["hits"][number]
     titles = [title for title, _, _ in context.tables(report)]
-    assert "nearest cut" in titles[1]
+    assert [("Accuracy" in title, "nearest cut" in title) for title in titles[:3]] == [
+        (True, False),
+        (True, True),
+        (False, True),
+    ]
     assert (tmp_path / "context.png").is_file()
     capsys.readouterr()
     # The model of the first report, given by name, is read like the one that was trained.

@@ -144,7 +144,7 @@ def measure_context(
             cells,
             lambda cell, before: {"status": DONE, **read(model, proteins, cell, settings.threads)},
             name=lambda cell: named(cell["window"]),
-            result=lambda figures: f"accuracy {_share(''.join(figures['hits'])):.4f}",
+            result=lambda figures: f"accuracy {_share(figures['hits']):.4f}",
         )
         return experiment.report(draw, losses=losses(results), distances=distances(results), proteins=len(proteins))
 
@@ -219,8 +219,8 @@ def read(model: Path, proteins: Any, cell: Cell, threads: int | None) -> Figures
     return {"hits": hits, "near": near}
 
 
-def _share(hits: str) -> float:
-    return hits.count("1") / len(hits)
+def _share(hits: Sequence[str]) -> float:
+    return sum(protein.count("1") for protein in hits) / sum(map(len, hits))
 
 
 def _batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
@@ -243,28 +243,18 @@ def losses(results: list[Figures]) -> list[Figures]:
         A row for each window: window, accuracy, loss (accuracy of the whole minus that of the window), interval (95 %, bootstrap
         over proteins, both resampled together), and text, a plain sentence: a loss, a gain, or undecided.
     """
-    import numpy as np
-
-    from performers.randomness import derive_seed
-
     cells = {cell["window"]: cell for cell in results if cell.get("part") == "window"}
-    count = np.array([len(hits) for hits in cells[WHOLE]["hits"]])
-    whole = np.array([hits.count("1") for hits in cells[WHOLE]["hits"]])
+    count = [len(hits) for hits in cells[WHOLE]["hits"]]
+    whole = [hits.count("1") for hits in cells[WHOLE]["hits"]]
     rows: list[Figures] = []
-    generator = np.random.Generator(np.random.Philox(derive_seed(0, "bootstrap")))
-    draws = generator.integers(len(count), size=(_RESAMPLES, len(count)))
     for window, cell in cells.items():
-        right = np.array([hits.count("1") for hits in cell["hits"]])
-        row: Figures = {"window": window, "accuracy": float(right.sum() / count.sum())}
+        right = [hits.count("1") for hits in cell["hits"]]
+        row: Figures = {"window": window, "accuracy": _share(cell["hits"])}
         if window:
-            lost = (whole - right)[draws].sum(1) / count[draws].sum(1)
-            low, high = (float(value) for value in np.quantile(lost, [0.025, 0.975]))
-            row["loss"] = float((whole - right).sum() / count.sum())
-            row["interval"] = [low, high]
+            row |= _lost(whole, right, count)
+            low, high = row["interval"]
             outcome = "less accurate than" if low > 0 else "more accurate than" if high < 0 else "undecided against"
-            row["text"] = (
-                f"{named(window)}: {outcome} the whole protein ({row['loss']:+.4f}, {low:+.4f} to {high:+.4f} lost)."
-            )
+            row["text"] = f"{named(window)}: {outcome} the whole protein: {_loss_of(row)} lost."
         rows.append(row)
     return rows
 
@@ -273,27 +263,59 @@ def distances(results: list[Figures]) -> list[Figures]:
     """Accuracy by distance to the nearest cut, beside that of the whole protein on the same residues.
 
     Returns:
-        A row for each window and distance: window, from, to (None for the last), residues, accuracy and whole.
+        A row for each window and distance: window, from, to (None for the last), residues, accuracy, whole, loss and interval
+        (as those of `losses`, over the proteins that have such residues).
     """
     cells = {cell["window"]: cell for cell in results if cell.get("part") == "window"}
-    whole = "".join(cells[WHOLE]["hits"])
     rows: list[Figures] = []
     for window, cell in cells.items():
-        hits, near = "".join(cell["hits"]), "".join(cell["near"])
         for index, start in enumerate(DISTANCES):
-            here = [place for place, at in enumerate(near) if at == str(index)]
-            if here:
-                rows.append(
-                    {
-                        "window": window,
-                        "from": start,
-                        "to": DISTANCES[index + 1] if index + 1 < len(DISTANCES) else None,
-                        "residues": len(here),
-                        "accuracy": _share("".join(hits[place] for place in here)),
-                        "whole": _share("".join(whole[place] for place in here)),
-                    }
-                )
+            place = str(index)
+            count = [near.count(place) for near in cell["near"]]
+            if not any(count):
+                continue
+            right, whole = (_right(hits, cell["near"], place) for hits in (cell["hits"], cells[WHOLE]["hits"]))
+            rows.append(
+                {
+                    "window": window,
+                    "from": start,
+                    "to": DISTANCES[index + 1] if index + 1 < len(DISTANCES) else None,
+                    "residues": sum(count),
+                    "accuracy": sum(right) / sum(count),
+                    "whole": sum(whole) / sum(count),
+                    **_lost(whole, right, count),
+                }
+            )
     return rows
+
+
+def _right(hits: Sequence[str], near: Sequence[str], place: str) -> list[int]:
+    """For each protein, how many of its residues at a place were named."""
+    return [
+        sum(hit == "1" and at == place for hit, at in zip(*protein, strict=True))
+        for protein in zip(hits, near, strict=True)
+    ]
+
+
+def _lost(whole: Sequence[int], right: Sequence[int], count: Sequence[int]) -> Figures:
+    """The difference of two accuracies, and its interval over proteins: any difference at all if there are not two of them.
+
+    Arguments:
+        whole, right: residues of each protein that were named in the whole protein and in windows.
+        count: of how many.
+    """
+    import numpy as np
+
+    from performers.randomness import derive_seed
+
+    present = np.array(count) > 0
+    lost, of = (np.array(whole) - np.array(right))[present], np.array(count)[present]
+    interval = [-1.0, 1.0]
+    if len(of) > 1:
+        generator = np.random.Generator(np.random.Philox(derive_seed(0, "bootstrap")))
+        draws = generator.integers(len(of), size=(_RESAMPLES, len(of)))
+        interval = np.quantile(lost[draws].sum(1) / of[draws].sum(1), [0.025, 0.975]).tolist()
+    return {"loss": float(lost.sum() / of.sum()), "interval": interval}
 
 
 def tables(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -302,7 +324,7 @@ def tables(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
         [
             named(row["window"]),
             f"{row['accuracy']:.4f}",
-            f"{row['loss']:+.4f} ({row['interval'][0]:+.4f} to {row['interval'][1]:+.4f})" if row["window"] else "",
+            _loss_of(row) if row["window"] else "",
         ]
         for row in report["losses"]
     ]
@@ -312,24 +334,38 @@ def tables(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
     )
     found = [(title, ["read in", "accuracy", "lost against the whole"], rows)]
     windows = list(dict.fromkeys(row["window"] for row in report["distances"]))
-    places = sorted({row["from"] for row in report["distances"]})
-    table: list[list[str]] = []
-    for start in places:
-        line = {row["window"]: row for row in report["distances"] if row["from"] == start}
-        end = next(iter(line.values()))["to"]
-        distance = f"{start} to {end - 1}" if end else f"{start} and more"
-        shown = (_beside(line.get(window)) for window in windows)
-        table.append([distance, *shown])
     header = ["residues to the nearest cut", *(named(window) for window in windows)]
-    found.append(("Accuracy by distance to the nearest cut / of the whole protein on the same residues", header, table))
+    for title, shown in (
+        ("Accuracy by distance to the nearest cut / of the whole protein on the same residues", _beside),
+        ("Lost by distance to the nearest cut against the whole protein; 95 % intervals over proteins", _loss_of),
+    ):
+        table: list[list[str]] = []
+        for start in _starts(report):
+            line = {row["window"]: row for row in report["distances"] if row["from"] == start}
+            cells = (shown(line[window]) if window in line else "" for window in windows)
+            table.append([_span(next(iter(line.values()))), *cells])
+        found.append((title, header, table))
     found.append(
         ("Does cutting lose accuracy?", ["verdict"], [[row["text"]] for row in report["losses"] if "text" in row])
     )
     return found
 
 
-def _beside(row: Figures | None) -> str:
-    return "" if row is None else f"{row['accuracy']:.4f} / {row['whole']:.4f} ({row['residues']:,})"
+def _starts(report: dict[str, Any]) -> list[int]:
+    """The distances that some residues have."""
+    return sorted({row["from"] for row in report["distances"]})
+
+
+def _span(row: Figures) -> str:
+    return f"{row['from']} to {row['to'] - 1}" if row["to"] else f"{row['from']} and more"
+
+
+def _beside(row: Figures) -> str:
+    return f"{row['accuracy']:.4f} / {row['whole']:.4f} ({row['residues']:,})"
+
+
+def _loss_of(row: Figures) -> str:
+    return f"{row['loss']:+.4f} ({row['interval'][0]:+.4f} to {row['interval'][1]:+.4f})"
 
 
 def draw(report: dict[str, Any], folder: Path) -> list[Path]:
@@ -338,21 +374,37 @@ def draw(report: dict[str, Any], folder: Path) -> list[Path]:
         return []
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.5, 4), dpi=100, layout="constrained")
+    figure = Figure(figsize=(7, 4), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     colours = ("#d1495b", "#edae49", "#2e7d4f", "#1b6ca8", "#7a5195")
-    for place, window in enumerate(dict.fromkeys(row["window"] for row in report["distances"])):
-        points = [
-            (row["from"], row["accuracy"] - row["whole"]) for row in report["distances"] if row["window"] == window
-        ]
-        colour = colours[place % len(colours)]
-        axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=3, label=named(window))
+    starts = _starts(report)
+    windows = list(dict.fromkeys(row["window"] for row in report["distances"]))
+    for number, window in enumerate(windows):
+        rows = [row for row in report["distances"] if row["window"] == window]
+        beside = 0.12 * (number - (len(windows) - 1) / 2)  # so that bars do not hide each other
+        axes.errorbar(
+            [starts.index(row["from"]) + beside for row in rows],
+            [-row["loss"] for row in rows],
+            # What is gained lies between minus the upper and minus the lower end of what is lost.
+            yerr=[
+                [max(row["interval"][1] - row["loss"], 0) for row in rows],
+                [max(row["loss"] - row["interval"][0], 0) for row in rows],
+            ],
+            fmt="o-",
+            color=colours[number % len(colours)],
+            markersize=3,
+            linewidth=1,
+            capsize=2,
+            label=named(window),
+        )
     axes.axhline(0, color="black", linestyle=":", linewidth=1, label="whole")
-    axes.set_xscale("symlog", base=2, linthresh=8)
-    axes.set_xticks(DISTANCES, [str(distance) for distance in DISTANCES])
+    spans = {row["from"]: _span(row) for row in report["distances"]}
+    axes.set_xticks(range(len(starts)), [spans[start] for start in starts], fontsize="small")
     quick = " (quick settings)" if report["quick"] else ""
     axes.set(
-        xlabel="residues to the nearest cut", ylabel="accuracy against the whole", title=f"Cutting long proteins{quick}"
+        xlabel="residues to the nearest cut",
+        ylabel="accuracy minus the whole's (95 %)",
+        title=f"Cutting long proteins{quick}",
     )
     axes.legend(frameon=False, fontsize="small")
     path = folder / "context.png"
