@@ -374,7 +374,7 @@ def draw(report: dict[str, Any], folder: Path) -> list[Path]:
         return []
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), dpi=100, layout="constrained")
+    figure = Figure(figsize=(8, 4), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     colours = ("#d1495b", "#edae49", "#2e7d4f", "#1b6ca8", "#7a5195")
     starts = _starts(report)
