@@ -27,7 +27,6 @@ from performers.errors import InputError
 WHOLE = 0
 # The distances to the nearest cut, in residues: from one of these numbers to before the next.
 DISTANCES = (0, 8, 16, 32, 64, 128, 256, 512)
-_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -306,16 +305,12 @@ def _lost(whole: Sequence[int], right: Sequence[int], count: Sequence[int]) -> F
     """
     import numpy as np
 
-    from performers.randomness import derive_seed
+    from performers.tools.assessment import interval
 
     present = np.array(count) > 0
     lost, of = (np.array(whole) - np.array(right))[present], np.array(count)[present]
-    interval = [-1.0, 1.0]
-    if len(of) > 1:
-        generator = np.random.Generator(np.random.Philox(derive_seed(0, "bootstrap")))
-        draws = generator.integers(len(of), size=(_RESAMPLES, len(of)))
-        interval = np.quantile(lost[draws].sum(1) / of[draws].sum(1), [0.025, 0.975]).tolist()
-    return {"loss": float(lost.sum() / of.sum()), "interval": interval}
+    found = interval(lambda rows: lost[rows].sum() / of[rows].sum(), len(of), seed=0) if len(of) > 1 else None
+    return {"loss": float(lost.sum() / of.sum()), "interval": list(found or (-1.0, 1.0))}
 
 
 def tables(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
